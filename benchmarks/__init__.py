@@ -1,0 +1,1 @@
+"""Swarms and meshes on one machine: the demo, the measurements, the experiments."""

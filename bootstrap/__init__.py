@@ -1,0 +1,1 @@
+"""The seed peer: the DHT's entry point, relay, and server of the run's manifest."""

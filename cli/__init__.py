@@ -1,0 +1,1 @@
+"""The `sentinel-node` commands: they parse, call one thing and print."""

@@ -1,0 +1,1 @@
+"""A volunteer: the stage module, serving and routing, stage rounds, state transfer, data."""

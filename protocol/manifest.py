@@ -1,0 +1,192 @@
+"""The manifest: a run's constitution, signed by its operator. The run id is its hash.
+
+On disk it is TOML; what is hashed and signed is the canonical JSON of its content (sorted keys, no spaces),
+so comments, order and layout of the file do not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from protocol.errors import ProtocolError, UserError
+from protocol.identity import Identity, check_signature
+
+DOMAIN = b"sentinel/manifest/1"
+FORMAT = 1
+MAX_BYTES = 256 * 1024
+
+Schedule = Literal["synchronous", "overlapped"]
+WireCodec = Literal["fp32", "bf16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """`config` is a Hugging Face config as a dict (with `model_type`); `tokenizer` is `bytes` or a folder or hub name."""
+
+    config: dict[str, Any]
+    tokenizer: str = "bytes"
+
+    @property
+    def layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def width(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config["vocab_size"])
+
+
+class StagesSection(_Section):
+    """`cut[s]` is stage s's first decoder layer; `cut[-1]` the number of layers. Stage s has layers cut[s]..cut[s+1]-1."""
+
+    cut: Annotated[tuple[int, ...], Field(min_length=2)]
+
+    @property
+    def count(self) -> int:
+        return len(self.cut) - 1
+
+
+class BatchSection(_Section):
+    """A round's batch is `microbatches` x `sequences` x `context` tokens, over all replicas of a stage together."""
+
+    context: Annotated[int, Field(ge=2, le=1 << 20)]
+    sequences: Annotated[int, Field(ge=1, le=4096)]
+    microbatches: Annotated[int, Field(ge=1, le=4096)]
+
+
+class OptimizerSection(_Section):
+    """AdamW with linear warm-up, then a cosine to `final_lr_fraction` of `lr` at the run's last round.
+
+    `clip` bounds the gradient norm of the whole model: each of S stages clips its own at clip / sqrt(S). 0 is off.
+    """
+
+    lr: Annotated[float, Field(gt=0)]
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    clip: Annotated[float, Field(ge=0)] = 1.0
+
+
+class ScheduleSection(_Section):
+    """`rounds` is the run's length. Round 0 begins when every stage has `min_replicas` ready replicas."""
+
+    kind: Schedule = "overlapped"
+    rounds: Annotated[int, Field(ge=1)]
+    min_replicas: Annotated[int, Field(ge=1, le=4096)] = 1
+
+
+class Manifest(_Section):
+    """Everything that peers of one run must agree on. Build with `Manifest(...)`, share with `sign` and `write`."""
+
+    format: Literal[1] = FORMAT
+    name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[\w. -]+$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    testbed: bool = False
+    data: Annotated[str, Field(min_length=1)]
+    wire: WireCodec = "fp32"
+    model: ModelSection
+    stages: StagesSection
+    batch: BatchSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        cut, config = self.stages.cut, self.model.config
+        for key in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
+            if key not in config:
+                raise ValueError(f"model.config lacks `{key}`")
+        if cut[0] != 0 or cut[-1] != self.model.layers or list(cut) != sorted(set(cut)):
+            raise ValueError(f"stages.cut must rise strictly from 0 to {self.model.layers}, not {list(cut)}")
+        if self.batch.context > int(config.get("max_position_embeddings", self.batch.context)):
+            raise ValueError("batch.context is longer than the model's max_position_embeddings")
+        return self
+
+    def canonical(self) -> bytes:
+        """What is hashed and signed: JSON with sorted keys and no spaces, UTF-8."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+
+class SignedManifest(_Section):
+    """A manifest, its operator and the signature that ties them. Verified when built by `read` or `parse`."""
+
+    manifest: Manifest
+    operator: str
+    signature: str
+
+    @property
+    def run(self) -> bytes:
+        """The run id: 32 bytes of BLAKE3 over the operator's PeerID and the manifest."""
+        return blake3(self.operator.encode() + b"\x00" + self.manifest.canonical()).digest()
+
+    @classmethod
+    def sign(cls, manifest: Manifest, operator: Identity) -> SignedManifest:
+        signature = operator.sign(DOMAIN, manifest.canonical())
+        return cls(manifest=manifest, operator=operator.peer_id, signature=signature.hex())
+
+    def to_toml(self) -> str:
+        body = self.manifest.model_dump(mode="json")
+        seal = {"operator": self.operator, "signature": self.signature}
+        return tomli_w.dumps({**body, "seal": seal})
+
+    def write(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(path.name + ".part")
+            temporary.write_text(self.to_toml())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"Cannot write {path}: {error.strerror}", "Name a writable place with --out") from None
+
+    @classmethod
+    def read(cls, path: Path) -> SignedManifest:
+        """Raises `UserError` if the file is missing, is no manifest, or was altered after it was signed."""
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"Cannot read the manifest {path}: {error}", "Make one: sentinel-node init") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> SignedManifest:
+        """Parse and verify TOML from `source` (a name for error messages). Raises `UserError`."""
+        remedy = "Get the operator's original again, or make a new run: sentinel-node init"
+        if len(text) > MAX_BYTES:
+            raise UserError(f"The manifest from {source} is over {MAX_BYTES} bytes", remedy)
+        try:
+            body = tomllib.loads(text)
+            seal = body.pop("seal")
+            signed = cls(manifest=Manifest(**body), operator=seal["operator"], signature=seal["signature"])
+            signature = bytes.fromhex(signed.signature)
+        except (tomllib.TOMLDecodeError, ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"The manifest from {source} is not valid: {_first_line(error)}", remedy) from None
+        try:
+            check_signature(signed.operator, DOMAIN, signed.manifest.canonical(), signature)
+        except ProtocolError:
+            raise UserError(f"The manifest from {source} was altered after it was signed", remedy) from None
+        return signed
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return f"{place}: {first['msg']}" if place else str(first["msg"])
+    return f"{type(error).__name__}: {error}".splitlines()[0]

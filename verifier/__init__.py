@@ -1,0 +1,1 @@
+"""Judging streams. The judging core is pure: tensors in, verdicts out."""
