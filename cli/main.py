@@ -1,0 +1,30 @@
+"""The entry point: one typer application, a command a file."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from protocol.errors import UserError
+
+app = typer.Typer(
+    name="sentinel-node",
+    help="Strangers pre-train one language model together over the internet, safely.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """Run the command line. What a person can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"sentinel-node: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
