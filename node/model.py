@@ -37,7 +37,7 @@ class StageModule(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (int64, B, T) on the first stage, else hidden (B, T, W); to hidden or, on the last, logits (B, T, V)."""
+        """Tokens (B, T) on the first stage, hidden (B, T, W) on others, to hidden or, on the last, logits (B, T, V)."""
         inputs = {"input_ids": x} if self.is_first else {"inputs_embeds": x}
         if self.is_last:
             return cast(Tensor, self.causal_lm(**inputs, use_cache=False).logits)
@@ -96,6 +96,13 @@ def meta_model(model: ModelSection) -> Any:
     return causal_lm
 
 
+def check_untied(causal_lm: Any, stages: int) -> None:
+    """Raises `UserError` if one weight would have to be on two stages."""
+    if causal_lm.config.tie_word_embeddings and stages > 1:
+        problem = "The model ties its input and output embeddings, which are on different stages"
+        raise UserError(problem, 'Set "tie_word_embeddings": false in the model config, or use one stage')
+
+
 def _check_architecture(causal_lm: Any) -> None:
     base = getattr(causal_lm, "model", None)
     parts = ("layers", "embed_tokens", "norm", "rotary_emb")
@@ -109,9 +116,7 @@ def _check_architecture(causal_lm: Any) -> None:
 
 def _build(manifest: Manifest, low: int, high: int, device: torch.device) -> StageModule:
     causal_lm = meta_model(manifest.model)
-    if causal_lm.config.tie_word_embeddings and manifest.stages.count > 1:
-        problem = "The model ties its input and output embeddings, which are on different stages"
-        raise UserError(problem, 'Set "tie_word_embeddings": false in model.config, or use one stage')
+    check_untied(causal_lm, manifest.stages.count)
     _prune(causal_lm, low, high)
     _materialise(causal_lm, manifest.seed, low)
     _localise_config(causal_lm.config, low, high)
