@@ -38,6 +38,7 @@ class PeerState(StrEnum):
     JOINING = "joining"
     SERVING = "serving"
     WAITING = "waiting"
+    FINISHED = "finished"
     LEAVING = "leaving"
     LEFT = "left"
 

@@ -83,12 +83,12 @@ class Link:
         """Bytes queued and not yet taken by p2pd, over all streams."""
         return sum(stream.backlog for stream in self.streams)
 
-    def send(self, message: wire.Message, payload: memoryview = _EMPTY) -> None:
+    def send(self, message: wire.Message, *payload: memoryview) -> None:
         """Queue a frame on the stream with the least queued. Raises `ProtocolError` (unreachable) without one."""
         usable = [stream for stream in self.streams if stream.greeted and stream.is_open]
         if self.closed or not usable:
             raise ProtocolError(Reason.UNREACHABLE, self.peer)
-        min(usable, key=lambda stream: stream.backlog).send(message, payload)
+        min(usable, key=lambda stream: stream.backlog).send(message, *payload)
 
     async def request(
         self, method: str, body: wire.Message, payload: memoryview = _EMPTY, *, timeout: float

@@ -30,7 +30,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """`config`: a Hugging Face config as a dict, `model_type` included; `tokenizer`: `bytes`, a folder or a hub name."""
+    """`config`: a Hugging Face config, with its `model_type`; `tokenizer`: `bytes`, a folder or a hub name."""
 
     config: dict[str, Any]
     tokenizer: str = "bytes"

@@ -113,23 +113,20 @@ class Stream(asyncio.BufferedProtocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, message: wire.Message, payload: memoryview = _EMPTY) -> None:
-        """Queue a frame. The payload is not copied: its memory must not change until it has left."""
-        parts = (messages.frame_of(message, len(payload)), payload)
+    def send(self, message: wire.Message, *payload: memoryview) -> None:
+        """Queue a frame. The payload's parts are not copied: their memory must not change until it has left."""
+        parts: tuple[bytes | memoryview, ...] = (messages.frame_of(message, sum(map(len, payload))), *payload)
         if self._delay:
             asyncio.get_running_loop().call_later(self._delay, self._write, parts)
         else:
             self._write(parts)
 
-    def _write(self, parts: tuple[bytes, memoryview]) -> None:
-        if not self.is_open:
+    def _write(self, parts: tuple[bytes | memoryview, ...]) -> None:
+        if self._transport is None or not self.is_open:
             return
-        assert self._transport is not None
-        header, payload = parts
-        self.sent_bytes += len(header) + len(payload)
-        self._transport.write(header)
-        if len(payload):
-            self._transport.write(payload)
+        for part in parts:
+            self.sent_bytes += len(part)
+            self._transport.write(part)
 
     def ping(self) -> None:
         self.send(Ping(int(monotonic() * 1e6)))
