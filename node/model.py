@@ -182,7 +182,7 @@ def _localise_config(config: Any, low: int, high: int) -> None:
 
 
 def _check_passes_hidden_states(causal_lm: Any) -> None:
-    """A base model that also scales or shifts its `inputs_embeds` (Gemma 2 does) would do so once per stage."""
+    """A base model that also scales or shifts its `inputs_embeds` (Granite does) would do so once per stage."""
     base = causal_lm.model
     layers, norm = base.layers, base.norm
     base.layers, base.norm = nn.ModuleList(), nn.Identity()
