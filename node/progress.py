@@ -81,10 +81,9 @@ class StageProgress:
     def is_round_full(self, version: int) -> bool:
         """Whether the members of round `version` have reached the run's batch."""
         size = self.manifest.batch.microbatches
-        slots = self.round_slots(version)
         if self.manifest.schedule.kind == "synchronous":
-            return covers_round(slots, version, size)
-        return len(slots) >= size
+            return covers_round(self.covered(), version, size)
+        return len(self.round_slots(version)) >= size
 
     def agreed_digest(self, version: int) -> bytes | None:
         """The state digest of the majority at `version`; of equals the least. None without replicas there."""

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Annotated
 
 import msgspec
+from hivemind.dht import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils.serializer import MSGPackSerializer
@@ -119,15 +120,19 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
 class Directory:
     """Announce ourselves, and read who serves a stage."""
 
-    def __init__(self, host: Host, run: bytes) -> None:
-        self._host, self._run = host, run
+    def __init__(self, dht: DHTNode, run: bytes) -> None:
+        self._dht, self._run = dht, run
         self._expiry = 0.0
+
+    @classmethod
+    async def join(cls, host: Host, run: bytes, stages: int) -> Directory:
+        return cls(await host.join_dht(RecordValidator(run, stages)), run)
 
     async def announce(self, record: StageRecord, identity: Identity) -> bool:
         """Store our record for `LIFETIME` seconds. False if no DHT node took it."""
         # A record replaces one that expires sooner, so ours must never shrink.
         self._expiry = max(time.time() + LIFETIME, self._expiry + 0.001)
-        stored = await self._host.dht.store(
+        stored = await self._dht.store(
             key_of(self._run, record.stage),
             wire.encode(SignedRecord.sign(record, identity)),
             expiration_time=self._expiry,
@@ -137,7 +142,7 @@ class Directory:
 
     async def peers(self, stage: int) -> dict[PeerId, StageRecord]:
         """The valid, unexpired records of a stage, those of peers that left excepted."""
-        found = await self._host.dht.get(key_of(self._run, stage), latest=True)
+        found = await self._dht.get(key_of(self._run, stage), latest=True)
         if found is None or not isinstance(found.value, dict):
             return {}
         records: dict[PeerId, StageRecord] = {}

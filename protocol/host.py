@@ -66,8 +66,9 @@ def _is_loopback(listen: Sequence[str]) -> bool:
 class Host:
     """Start with `Host.start`, end with `stop`, on every path. `p2p` is hivemind's handle on the daemon."""
 
-    def __init__(self, p2p: P2P, dht: DHTNode) -> None:
-        self.p2p, self.dht = p2p, dht
+    def __init__(self, p2p: P2P, seeds: Sequence[str]) -> None:
+        self.p2p, self._seeds = p2p, seeds
+        self._dht: DHTNode | None = None
         self.peer_id = PeerId(p2p.peer_id.to_base58())
         self._gossip_tasks: list[asyncio.Task[None]] = []
 
@@ -79,7 +80,6 @@ class Host:
         listen: Sequence[str] = DEFAULT_LISTEN,
         seeds: Sequence[str] = (),
         relay: bool = False,
-        validator: RecordValidatorBase | None = None,
     ) -> Host:
         """Raises `UserError` if an address cannot be listened on or no seed can be reached."""
         daemon = _RelayDaemon if relay else _ClientDaemon
@@ -101,19 +101,23 @@ class Host:
             raise _explain(error, listen) from None
         try:
             await _reach_any(p2p, seeds)
-            dht = await DHTNode.create(
-                p2p=p2p,
-                initial_peers=list(seeds),
-                num_replicas=5,
-                cache_locally=False,
-                cache_on_store=False,
-                record_validator=validator,
-                ensure_bootstrap_success=bool(seeds),
-            )
         except BaseException:
             await _shutdown(p2p)
             raise
-        return cls(p2p, dht)
+        return cls(p2p, seeds)
+
+    async def join_dht(self, validator: RecordValidatorBase) -> DHTNode:
+        """Our node of the run's DHT, which stores and believes what `validator` lets pass."""
+        self._dht = await DHTNode.create(
+            p2p=self.p2p,
+            initial_peers=list(self._seeds),
+            num_replicas=5,
+            cache_locally=False,
+            cache_on_store=False,
+            record_validator=validator,
+            ensure_bootstrap_success=False,
+        )
+        return self._dht
 
     async def addresses(self) -> list[str]:
         """Multiaddrs that others can dial, each ending in /p2p/<our id>."""
@@ -146,7 +150,8 @@ class Host:
         await asyncio.gather(*self._gossip_tasks, return_exceptions=True)
         with suppress(Exception):
             async with asyncio.timeout(_STOP_TIMEOUT):
-                await self.dht.shutdown()
+                if self._dht is not None:
+                    await self._dht.shutdown()
         await _shutdown(self.p2p)
 
 

@@ -141,8 +141,10 @@ class Switchboard:
         self._dialling: dict[PeerId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> None:
-        await self._acceptor.start(self.host.p2p, self._protocol)
+    async def start(self, *, accept: bool = True) -> None:
+        """`accept=False`: only dial, as one does who has nothing to serve yet."""
+        if accept:
+            await self._acceptor.start(self.host.p2p, self._protocol)
         self._spawn(self._watch())
 
     async def stop(self) -> None:
