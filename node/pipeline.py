@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -46,7 +46,10 @@ class _Upstream:
 
 
 class Pipeline:
-    """Moves microbatches through one stage. Runs on the event loop; computing is the compute thread's."""
+    """Moves microbatches through one stage. Runs on the event loop; computing is the compute thread's.
+
+    `on_change` is called whenever something ended or room appeared.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Pipeline:
         compute: ComputeThread,
         passes: StagePasses,
         progress: StageProgress,
+        on_change: Callable[[], None],
         *,
         capacity: int,
         hold_bytes: int,
@@ -68,6 +72,7 @@ class Pipeline:
             passes,
             progress,
         )
+        self._on_change = on_change
         self._router = Router()
         self._upstream: dict[PeerId, _Upstream] = {}
         self._credit: dict[PeerId, int] = {}
@@ -83,8 +88,6 @@ class Pipeline:
         self.lost_slots: deque[MicrobatchId] = deque()
         """Own microbatches (on a head) that were lost and may be injected again."""
         self.is_accepting = True
-        self.changed = asyncio.Event()
-        """Set whenever something ended or room appeared."""
 
     # --- links ---
 
@@ -302,7 +305,7 @@ class Pipeline:
             if chosen is None:
                 return
             self._send_on(self._unsent.popleft(), chosen)
-        self.changed.set()
+        self._on_change()
 
     def _send_on(self, flight: Flight, peer: PeerId) -> None:
         output = flight.output
@@ -407,7 +410,7 @@ class Pipeline:
         self.flights.pop(flight.id, None)
         self.finished.add(flight, monotonic())
         self._release(flight.previous)
-        self.changed.set()
+        self._on_change()
 
     def _release(self, sender: PeerId | None) -> None:
         if sender is not None and (upstream := self._upstream.get(sender)):
@@ -447,7 +450,7 @@ class Pipeline:
         elif link := self._switchboard.links.get(flight.previous):
             self._send(link, Refusal(flight.id, Direction.ACTIVATION, reason))
         self._release(flight.previous)
-        self.changed.set()
+        self._on_change()
 
     def _take_refusal(self, link: Link, refusal: Refusal) -> None:
         flight = self.flights.get(refusal.microbatch)
