@@ -205,6 +205,7 @@ class Switchboard:
         if len(link.streams) >= MAX_STREAMS:
             raise ProtocolError(Reason.BUSY, "too many streams")
         stream = Stream(
+            Hello(PROTOCOL_VERSION, self.run, self.stage),
             self._max_tensor,
             lambda stream, message, payload: self._on_frame(link, stream, message, payload),
             lambda stream: self._on_stream_closed(link, stream),
@@ -217,7 +218,6 @@ class Switchboard:
         except ProtocolError:
             self._on_stream_closed(link, stream)
             raise
-        stream.send(Hello(PROTOCOL_VERSION, self.run, self.stage))
         return link
 
     # --- reading ---

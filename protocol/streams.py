@@ -24,19 +24,20 @@ _MAX_BACKLOG_FOR_PONG = 1024 * 1024
 class Stream(asyncio.BufferedProtocol):
     """Reads frames straight into the memory that keeps them; writes without copying the payload.
 
-    `on_frame` is called on the event loop for each frame but pings and pongs, and must not block. A
+    `greeting` is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and must not block. A
     `ProtocolError` out of parsing or out of `on_frame` goes to `on_violation`, and the stream is aborted.
     """
 
     def __init__(
         self,
+        greeting: wire.Message,
         max_tensor: int,
         on_frame: OnFrame,
         on_closed: OnClosed,
         on_violation: Callable[[Stream, ProtocolError], None],
         delay: float = 0.0,
     ) -> None:
-        self._max_tensor = max_tensor
+        self._greeting, self._max_tensor = greeting, max_tensor
         self._on_frame, self._on_closed, self._on_violation = on_frame, on_closed, on_violation
         self._delay = delay
         self._transport: asyncio.Transport | None = None
@@ -55,6 +56,8 @@ class Stream(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        # Before anything that a frame read in the meantime may make us say.
+        self.send(self._greeting)
 
     def _aim(self, parts: list[memoryview]) -> None:
         self._parts = [part for part in parts if len(part)]
