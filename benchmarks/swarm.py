@@ -164,7 +164,10 @@ async def local_swarm(
 ) -> AsyncIterator[LocalSwarm]:
     """A seed for `manifest`, to which volunteers can be added; everything is stopped at the end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_entry_point().module, "node.volunteer"])
+    # The command, and what it would import late: the model's architecture.
+    architecture = str(manifest.model.config["model_type"])
+    modelling = f"transformers.models.{architecture}.modeling_{architecture}"
+    context.set_forkserver_preload([_entry_point().module, "node.volunteer", modelling])
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     signed = SignedManifest.sign(manifest, Identity.load_or_create(folder / "operator.key"))
     swarm = LocalSwarm(folder, signed, threads=threads, link_delay=link_delay, _context=context)

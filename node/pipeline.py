@@ -303,8 +303,12 @@ class Pipeline:
             ]
             chosen = self._router.choose(ready)
             if chosen is None:
-                return
+                break
             self._send_on(self._unsent.popleft(), chosen)
+        if not self.is_accepting:
+            # Who leaves does not wait for room: what cannot go on now goes back.
+            for flight in tuple(self._unsent):
+                self._lose(flight, Reason.LEAVING)
         self._on_change()
 
     def _send_on(self, flight: Flight, peer: PeerId) -> None:

@@ -155,6 +155,7 @@ class Volunteer:
         """Join the run and serve. Raises `UserError` for what a person can mend."""
         config = self._config
         self._failure = asyncio.get_running_loop().create_future()
+        log.debug("starting", peer=self.peer_id)
         self.host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
         self.signed = await fetch_manifest(self.host, config.invite)
         self.manifest = self.signed.manifest

@@ -24,7 +24,8 @@ _MAX_BACKLOG_FOR_PONG = 1024 * 1024
 class Stream(asyncio.BufferedProtocol):
     """Reads frames straight into the memory that keeps them; writes without copying the payload.
 
-    `greeting` is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and must not block. A
+    `greeting` is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and
+    must not block. A
     `ProtocolError` out of parsing or out of `on_frame` goes to `on_violation`, and the stream is aborted.
     """
 
