@@ -38,6 +38,8 @@ class Reason(StrEnum):
     REPLAYED = "replayed"
     UNSOLICITED = "unsolicited"
     OVER_CREDIT = "over_credit"
+    NOT_READING = "not_reading"
+    SHUT_OUT = "shut_out"
     EXPIRED = "expired"
     STALE = "stale"
     TOO_EARLY = "too_early"

@@ -24,6 +24,7 @@ PeerId = NewType("PeerId", str)
 
 # Identity multihash (code 0, 36 bytes) of the libp2p PublicKey protobuf (type Ed25519, 32 bytes of key).
 _PEER_ID_PREFIX = b"\x00\x24\x08\x01\x12\x20"
+_PEER_ID_LENGTH = 52
 
 
 def peer_id_of(public_key: bytes) -> PeerId:
@@ -38,6 +39,8 @@ def _verifying_key(peer: str) -> Ed25519PublicKey:
 
 def public_key_of(peer: str) -> bytes:
     """The raw 32-byte public key inside a PeerID. Raises `ProtocolError` (malformed) for any other kind of id."""
+    if len(peer) != _PEER_ID_LENGTH:  # Decoding takes time that grows with the square of the length.
+        raise ProtocolError(Reason.MALFORMED, "PeerID of another length than an Ed25519 key's")
     try:
         raw = base58.b58decode(peer)
     except ValueError:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protocol.errors import ProtocolError, UserError
 from protocol.identity import Identity, check_signature
@@ -34,6 +34,12 @@ class ModelSection(_Section):
 
     config: dict[str, Any]
     tokenizer: str = "bytes"
+
+    @field_validator("config")
+    @classmethod
+    def _without_nulls(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """TOML has no null; to transformers a key that is absent is its default, as null is."""
+        return {key: value for key, value in config.items() if value is not None}
 
     @property
     def layers(self) -> int:
@@ -176,20 +182,21 @@ class SignedManifest(_Section):
             body = tomllib.loads(text)
             seal = body.pop("seal")
             signed = cls(manifest=Manifest(**body), operator=seal["operator"], signature=seal["signature"])
-            signature = bytes.fromhex(signed.signature)
+            signature, content = bytes.fromhex(signed.signature), signed.manifest.canonical()
         except (
             tomllib.TOMLDecodeError,
             ValidationError,
             ValueError,
             KeyError,
             TypeError,
+            OverflowError,
             RecursionError,
         ) as error:
             raise UserError(
                 f"The manifest from {source} is not valid: {_first_line(error)}", remedy
             ) from None
         try:
-            check_signature(signed.operator, DOMAIN, signed.manifest.canonical(), signature)
+            check_signature(signed.operator, DOMAIN, content, signature)
         except ProtocolError:
             raise UserError(f"The manifest from {source} was altered after it was signed", remedy) from None
         return signed
