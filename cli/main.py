@@ -7,9 +7,11 @@ import sys
 import typer
 
 from cli.bootstrap import bootstrap
+from cli.demo import demo
 from cli.init import init
 from cli.join import join
-from protocol.errors import UserError
+from cli.peers import peers
+from protocol.errors import SentinelError, UserError
 
 app = typer.Typer(
     name="sentinel-node",
@@ -19,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-for command in (init, bootstrap, join):
+for command in (init, bootstrap, join, peers, demo):
     app.command()(command)
 
 
@@ -30,6 +32,9 @@ def main() -> None:
     except UserError as error:
         print(f"sentinel-node: {error}", file=sys.stderr)
         sys.exit(2)
+    except SentinelError as error:
+        print(f"sentinel-node: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

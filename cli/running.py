@@ -33,12 +33,27 @@ def stop_asked() -> asyncio.Event:
     return asked
 
 
+async def interruptible(work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None if Ctrl-C or SIGTERM cut it short; it has cleaned up then."""
+    asked = stop_asked()
+    working = asyncio.ensure_future(work)
+    asking = asyncio.ensure_future(asked.wait())
+    await asyncio.wait({working, asking}, return_when=asyncio.FIRST_COMPLETED)
+    asking.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.wait({working})
+        return None
+    return working.result()
+
+
 async def until_asked(asked: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
     """Wait for `work` to end or for `asked`, whichever comes first. Raises what `work` raised."""
     working, asking = asyncio.ensure_future(work), asyncio.ensure_future(asked.wait())
     done, pending = await asyncio.wait({working, asking}, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+    if pending:
+        await asyncio.wait(pending)
     if working in done:
         working.result()

@@ -5,6 +5,7 @@ Everything here runs on the compute thread, so the slots counted and the gradien
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,11 @@ class StagePasses:
         slots, self.slots = self.slots, []
         assert count == len(slots)
         return gradient, slots
+
+    def load_state(self, version: int, chunks: Sequence[memoryview]) -> None:
+        """Take over a state; gradients accumulated for other weights are dropped. Raises `ValueError`."""
+        self.trainer.load_state(version, chunks)
+        self.slots = []
 
     def _tail(self, x: Tensor, labels: Tensor, slot: int, *, covered: bool) -> Returned:
         version = self.trainer.version

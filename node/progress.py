@@ -2,7 +2,7 @@
 
 Slots number the run's microbatches; round r consists of the slots r*M up to (r+1)*M. In the synchronous schedule
 a stage's round ends when its live replicas have, between them, all slots of the round; in the overlapped one when
-they have M gradients, of whatever slots.
+the stage has had (r + 1) * M gradients, of whatever slots.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class StageProgress:
         size = self.manifest.batch.microbatches
         if self.manifest.schedule.kind == "synchronous":
             return covers_round(self.covered(), version, size)
-        return len(self.round_slots(version)) >= size
+        # Counted from the run's beginning: what one round has too much, the next one needs less.
+        averaged = max((self._heard[peer].progress.averaged for peer in self.members(version)), default=0)
+        return averaged + len(self.round_slots(version)) >= (version + 1) * size
 
     def agreed_digest(self, version: int) -> bytes | None:
         """The state digest of the majority at `version`; of equals the least. None without replicas there."""
@@ -98,10 +100,15 @@ def covers_round(slots: Iterable[int], version: int, size: int) -> bool:
     return set(range(version * size, (version + 1) * size)) <= set(slots)
 
 
-def last_round_open(manifest: Manifest, version: int) -> int:
-    """The last round whose slots a head at `version` may inject: its own, or one ahead in the overlapped schedule."""
-    ahead = 0 if manifest.schedule.kind == "synchronous" else 1
-    return min(version + ahead, manifest.schedule.rounds - 1)
+def open_slots(manifest: Manifest, version: int) -> range:
+    """The slots that a head at `version` may inject.
+
+    In the synchronous schedule those of its round. In the overlapped one also those of the next round, to keep long
+    links busy, and of late ones, where a slot that was lost may still be missing.
+    """
+    late, ahead = (0, 0) if manifest.schedule.kind == "synchronous" else (_SETTLED_ROUNDS - 1, 1)
+    size, last = manifest.batch.microbatches, manifest.schedule.rounds - 1
+    return range(max(0, version - late) * size, (min(version + ahead, last) + 1) * size)
 
 
 def next_slot(heads: StageProgress, own: PeerId, version: int, taken: set[int]) -> int | None:
@@ -110,14 +117,12 @@ def next_slot(heads: StageProgress, own: PeerId, version: int, taken: set[int]) 
     Live heads share the uncovered slots of the open rounds by rank, so a dead head's slots pass to the others.
     `taken`: slots that `own` itself has in flight or done.
     """
-    manifest = heads.manifest
-    size = manifest.batch.microbatches
     replicas = heads.replicas()
     ranks = sorted({*(peer for peer, progress in replicas.items() if is_injecting(progress)), own})
     others = {slot for peer, progress in replicas.items() if peer != own for slot in progress.in_flight}
     busy = heads.covered() | others | taken
     rank, count = ranks.index(own), len(ranks)
-    for slot in range(version * size, (last_round_open(manifest, version) + 1) * size):
+    for slot in open_slots(heads.manifest, version):
         if slot % count == rank and slot not in busy:
             return slot
     return None
@@ -127,6 +132,6 @@ def is_injecting(progress: Progress) -> bool:
     return progress.state in (PeerState.SERVING, PeerState.WAITING)
 
 
-def still_settled(settled: set[int], version: int, size: int) -> set[int]:
+def still_settled(settled: Iterable[int], version: int, size: int) -> frozenset[int]:
     """The part of `settled` that anyone may still ask about at `version`."""
-    return {slot for slot in settled if slot >= (version - _SETTLED_ROUNDS) * size}
+    return frozenset(slot for slot in settled if slot >= (version - _SETTLED_ROUNDS) * size)

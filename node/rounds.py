@@ -55,6 +55,19 @@ class _Frozen:
     slots: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A replica's state in a few words: its version and digest, and what has gone into its weights.
+
+    `averaged`: microbatches since the run began; `settled`: those of late rounds whose slots may be asked about.
+    """
+
+    version: int
+    digest: bytes
+    averaged: int
+    settled: frozenset[int]
+
+
 class StageRounds:
     """The rounds of one stage at one replica. `on_version` is called after every change of weights."""
 
@@ -82,8 +95,8 @@ class StageRounds:
         self._running: asyncio.Task[None] | None = None
         self._lagging_since: float | None = None
         self._stepped_at = monotonic()
-        self.settled: set[int] = set()
-        self.digest = b"\0" * 32
+        self.standing = Standing(0, b"\0" * 32, 0, frozenset())
+        self._held = self.standing
         self.news = asyncio.Event()
         """Set by whoever learns something that may end a round."""
         switchboard.methods[ROUND_OPEN] = self._on_open
@@ -92,7 +105,15 @@ class StageRounds:
 
     @property
     def version(self) -> int:
-        return self._passes.trainer.version
+        return self.standing.version
+
+    @property
+    def settled(self) -> frozenset[int]:
+        return self.standing.settled
+
+    def held(self) -> Standing:
+        """For the compute thread: of the weights as they are there at this moment."""
+        return self._held
 
     @property
     def is_over(self) -> bool:
@@ -105,11 +126,23 @@ class StageRounds:
         return (*frozen, *self._passes.slots)
 
     def progress(self, state: PeerState, in_flight: tuple[int, ...]) -> Progress:
-        limited = tuple(sorted(self.settled))[-MAX_SLOTS:]
-        return Progress(self._stage, self.version, self.digest, state, self.slots(), in_flight, limited)
+        now = self.standing
+        settled = tuple(sorted(now.settled))[-MAX_SLOTS:]
+        slots = self.slots()
+        return Progress(self._stage, now.version, now.digest, state, slots, in_flight, settled, now.averaged)
 
     async def start(self) -> None:
-        await self._compute.run(Urgency.ROUND, self._refresh_digest)
+        """Stand where the trainer stands: at the run's beginning, or where a checkpoint put it."""
+        size = self._manifest.batch.microbatches
+        version = self._passes.trainer.version
+        self._turn(await self._compute.run(Urgency.ROUND, self._stand, version * size, frozenset()))
+
+    def _stand(self, averaged: int, settled: frozenset[int]) -> Standing:
+        """On the compute thread, after every change of the weights."""
+        trainer, size = self._passes.trainer, self._manifest.batch.microbatches
+        recent = still_settled(settled, trainer.version, size)
+        self._held = Standing(trainer.version, trainer.digest(CHUNK_BYTES), averaged, recent)
+        return self._held
 
     async def run(self) -> None:
         """Lead, follow and catch up until cancelled."""
@@ -140,7 +173,7 @@ class StageRounds:
     def _disagrees(self, version: int) -> bool:
         settled_down = monotonic() - self._stepped_at > _PATIENCE
         agreed = self._replicas.agreed_digest(version)
-        return settled_down and agreed is not None and agreed != self.digest
+        return settled_down and agreed is not None and agreed != self.standing.digest
 
     def _leads(self, version: int) -> bool:
         members = self._replicas.members(version)
@@ -278,12 +311,9 @@ class StageRounds:
     async def _complete(self, commit: RoundCommit, averaging: Averaging) -> None:
         began = monotonic()
         try:
-            if sum(member.count for member in commit.roster):
-                mean = await averaging.run()
-                async with asyncio.timeout(AVERAGING_TIMEOUT):
-                    await self._compute.run(Urgency.ROUND, self._step, mean)
-            else:
-                await self._compute.run(Urgency.ROUND, self._skip)
+            mean = await averaging.run() if any(member.count for member in commit.roster) else None
+            async with asyncio.timeout(AVERAGING_TIMEOUT):
+                standing = await self._compute.run(Urgency.ROUND, self._step, mean, commit)
         except (ProtocolError, TimeoutError, ValueError) as error:
             # Those who completed it announce the new version at once; then we take their state. Else we try again.
             averaging.abandon()
@@ -292,36 +322,30 @@ class StageRounds:
         else:
             log.info(
                 "round closed",
-                version=self.version,
+                version=standing.version,
                 replicas=len(commit.roster),
                 microbatches=sum(member.count for member in commit.roster),
                 seconds=round(monotonic() - began, 3),
             )
-            self._turn(set(commit.settled))
+            self._turn(standing)
         finally:
             self._running = None
             self.news.set()
 
-    def _step(self, mean: Tensor) -> None:
-        self._passes.trainer.step(mean)
-        self._after_step()
-
-    def _skip(self) -> None:
-        self._passes.trainer.skip()
-        self._after_step()
-
-    def _after_step(self) -> None:
+    def _step(self, mean: Tensor | None, commit: RoundCommit) -> Standing:
+        """On the compute thread: the optimizer's step, or none for a round without any gradient."""
+        if mean is None:
+            self._passes.trainer.skip()
+        else:
+            self._passes.trainer.step(mean)
         if self._manifest.schedule.kind == "synchronous":
             self._passes.take_gradient()  # What came after the round was closed belongs to no round.
-        self._refresh_digest()
+        averaged = self._held.averaged + sum(member.count for member in commit.roster)
+        return self._stand(averaged, self._held.settled | set(commit.settled))
 
-    def _refresh_digest(self) -> None:
-        self.digest = self._passes.trainer.digest(CHUNK_BYTES)
-
-    def _turn(self, settled: set[int]) -> None:
+    def _turn(self, standing: Standing) -> None:
         """A new version began."""
-        size = self._manifest.batch.microbatches
-        self.settled = still_settled(self.settled | settled, self.version, size)
+        self.standing = standing
         self._frozen, self._opened, self._attempt, self._lagging_since = None, None, 0, None
         self._stepped_at = monotonic()
         self._on_version()
@@ -339,34 +363,32 @@ class StageRounds:
                 link = await self._switchboard.connect(peer)
                 # The replica may have moved on since it announced; then its own word must do for now, and a
                 # state that the majority does not hold is noticed as soon as reports of that version come in.
-                fetched = await fetch_state(link, self._passes.trainer.state_bytes(), None)
-                await self._compute.run(Urgency.ROUND, self._load, fetched)
+                fetched = await fetch_state(link, self._passes.trainer.state_bytes())
+                standing = await self._compute.run(Urgency.ROUND, self._load, fetched)
             except (ProtocolError, ValueError) as error:
                 log.warning("state not taken", peer=peer, reason=str(error))
                 continue
-            log.info("state taken", peer=peer, version=self.version)
-            self._turn(set(fetched.settled))
+            log.info("state taken", peer=peer, version=standing.version)
+            self._turn(standing)
             return True
         return False
+
+    def _load(self, fetched: FetchedState) -> Standing:
+        self._passes.load_state(fetched.version, fetched.chunks)
+        standing = self._stand(fetched.averaged, frozenset(fetched.settled))
+        if standing.digest != fetched.digest:
+            raise ValueError("the state is not what its digest says")
+        return standing
 
     async def jump(self, version: int) -> None:
         """Count on from the run's version with the weights we have: the stage's own state is lost."""
 
-        def skip() -> None:
+        def skip() -> Standing:
             while self._passes.trainer.version < version:
                 self._passes.trainer.skip()
-            self._refresh_digest()
+            return self._stand(version * self._manifest.batch.microbatches, self._held.settled)
 
-        await self._compute.run(Urgency.ROUND, skip)
-        self._turn(set())
-
-    def _load(self, fetched: FetchedState) -> None:
-        trainer = self._passes.trainer
-        trainer.load_state(fetched.version, fetched.chunks)
-        self._passes.slots = []
-        self._refresh_digest()
-        if self.digest != fetched.digest:
-            raise ValueError("the state is not what its digest says")
+        self._turn(await self._compute.run(Urgency.ROUND, skip))
 
     async def stop(self) -> None:
         for averaging in self._averagings.values():

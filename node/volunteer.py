@@ -26,7 +26,7 @@ from node.trainer import StageTrainer
 from node.transfer import CHUNK_BYTES, Checkpoint, StateServer
 from protocol import wire
 from protocol.directory import Directory, PeerState, StageRecord
-from protocol.errors import ProtocolError, UserError
+from protocol.errors import ProtocolError, SentinelError, UserError
 from protocol.host import DEFAULT_LISTEN, Host
 from protocol.identity import Identity, PeerId
 from protocol.introduction import fetch_manifest
@@ -231,7 +231,6 @@ class Volunteer:
             hold_bytes=self._config.hold_bytes,
         )
         self.pipeline.is_accepting = False
-        self._state_server = StateServer(self.switchboard, self.compute, trainer)
         self.rounds = StageRounds(
             manifest,
             stage,
@@ -242,6 +241,7 @@ class Volunteer:
             self._heads,
             self._on_version,
         )
+        self._state_server = StateServer(self.switchboard, self.compute, trainer, self.rounds.held)
         await self.rounds.start()
 
     async def _listen_to_gossip(self) -> None:
@@ -317,7 +317,6 @@ class Volunteer:
     # --- what we tell others ---
 
     def _on_version(self) -> None:
-        self._state_server.settled = tuple(sorted(self.rounds.settled))[-_MAX_GOSSIPED_SLOTS:]
         if self.rounds.is_over and self.state is PeerState.SERVING:
             self.state = PeerState.FINISHED
             log.info("the run is over", version=self.rounds.version)
@@ -358,7 +357,7 @@ class Volunteer:
         return Metrics(
             stage=self.stage,
             version=self.rounds.version,
-            digest=self.rounds.digest,
+            digest=self.rounds.standing.digest,
             state=self.state,
             microbatches=counts["microbatches"],
             lost=counts["lost"],
@@ -437,9 +436,7 @@ class Volunteer:
             while (slot := await self._next_slot()) is not None:
                 attempt = self._injections.get(slot, -1) + 1
                 if attempt > MAX_ATTEMPT:
-                    self.rounds.settled.add(slot)
-                    log.error("a slot was lost too often and is left out", slot=slot)
-                    continue
+                    raise SentinelError(f"slot {slot} was lost {attempt} times: this run cannot go on")
                 self._injections[slot] = attempt
                 pipeline.inject(MicrobatchId(self.peer_id, slot, attempt))
             oldest = (self.rounds.version - 4) * self.manifest.batch.microbatches
@@ -456,10 +453,16 @@ class Volunteer:
         unsent = sum(
             1 for flight in pipeline.flights.values() if flight.phase in (Phase.FORWARD, Phase.UNSENT)
         )
-        if len(pipeline.flights) >= pipeline.capacity or unsent >= 2:
+        if len(pipeline.flights) >= self._injection_limit() or unsent >= 2:
             return None
         taken = {flight.id.slot for flight in pipeline.flights.values()} | set(self.rounds.slots())
         return next_slot(self._heads, self.peer_id, self.rounds.version, taken | self.rounds.settled)
+
+    def _injection_limit(self) -> int:
+        """Microbatches in flight from this head: all heads together one round's, so that gradients stay fresh."""
+        heads = max(1, len(self._heads.replicas()))
+        share = -(-self.manifest.batch.microbatches // heads)
+        return min(self.pipeline.capacity, share)
 
     async def _may_begin(self) -> bool:
         """Before the first round: whether every stage has the replicas that the manifest asks for."""

@@ -24,7 +24,8 @@ class Progress(wire.Message, frozen=True):
 
     `version`: the weights it holds, and so the round it works on; `digest`: of its full state at that version.
     `slots`: whose gradients it has accumulated for this round; `in_flight`: those a head has injected and that are
-    not back; `settled`: slots of late rounds that are averaged into the weights.
+    not back; `settled`: slots of late rounds that are averaged into the weights; `averaged`: how many microbatches
+    have gone into the weights since the run began.
     """
 
     stage: StageField
@@ -34,6 +35,7 @@ class Progress(wire.Message, frozen=True):
     slots: Slots
     in_flight: Slots
     settled: Slots
+    averaged: Natural
 
 
 class SlotLoss(wire.Message, frozen=True):
