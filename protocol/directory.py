@@ -131,9 +131,9 @@ class _BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
 
     def store_subkey(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
         held = self.get(key)
-        if held is not None and isinstance(held.value, DictionaryDHTValue):
-            if len(held.value) >= MAX_RECORDS and subkey not in held.value:
-                return False
+        records = held.value if held is not None else None
+        if isinstance(records, DictionaryDHTValue) and len(records) >= MAX_RECORDS and subkey not in records:
+            return False
         return bool(super().store_subkey(key, subkey, value, expiration_time))
 
 

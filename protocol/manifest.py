@@ -37,9 +37,9 @@ class ModelSection(_Section):
 
     @field_validator("config")
     @classmethod
-    def _without_nulls(cls, config: dict[str, Any]) -> dict[str, Any]:
+    def _fits_toml(cls, config: dict[str, Any]) -> dict[str, Any]:
         """TOML has no null; to transformers a key that is absent is its default, as null is."""
-        return {key: value for key, value in config.items() if value is not None}
+        return {key: _without_nulls(value) for key, value in config.items() if value is not None}
 
     @property
     def layers(self) -> int:
@@ -200,6 +200,16 @@ class SignedManifest(_Section):
         except ProtocolError:
             raise UserError(f"The manifest from {source} was altered after it was signed", remedy) from None
         return signed
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        if None in value:
+            raise ValueError("null in a list cannot be written as TOML")
+        return [_without_nulls(one) for one in value]
+    return value
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from protocol.wire import Count, Digest, Natural, StageField
 
 MAX_SLOTS = 8192
 Slots = Annotated[tuple[Natural, ...], msgspec.Meta(max_length=MAX_SLOTS)]
+ReasonName = Annotated[str, msgspec.Meta(max_length=32)]
 _Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 
 
@@ -58,7 +59,7 @@ class Metrics(wire.Message, frozen=True):
     in_flight: Count
     tokens_per_second: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     sent_bytes: Natural
-    refused: Annotated[dict[str, int], msgspec.Meta(max_length=64)]
+    refused: Annotated[dict[ReasonName, Natural], msgspec.Meta(max_length=64)]
     losses: Annotated[tuple[SlotLoss, ...], msgspec.Meta(max_length=MAX_SLOTS)]
     waiting_for: Annotated[int, msgspec.Meta(ge=-1, le=4095)]
 
