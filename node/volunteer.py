@@ -121,14 +121,6 @@ def check_fits(manifest: Manifest, stage: int, device: torch.device) -> None:
         )
 
 
-def _fits(manifest: Manifest, stage: int, device: torch.device) -> bool:
-    try:
-        check_fits(manifest, stage, device)
-    except UserError:
-        return False
-    return True
-
-
 class Volunteer:
     """`start`, then `wait` until the run is over or `stop` is called. `stop` on every path."""
 
@@ -162,7 +154,7 @@ class Volunteer:
         self._directory = await Directory.join(self.host, self.signed.run, self.manifest.stages.count)
         self._addresses = (await self.host.addresses())[:8]
         self.stage = await self._choose_stage()
-        check_fits(self.manifest, self.stage, self._device)
+        await asyncio.to_thread(check_fits, self.manifest, self.stage, self._device)
         self._checkpoint = Checkpoint(config.cache_dir, self.signed.run, self.stage)
         self._checkpoint.prepare()
         log.info("joining", peer=self.peer_id, stage=self.stage, device=str(self._device))
@@ -192,13 +184,20 @@ class Volunteer:
                     f"This run has no stage {self._config.stage}", f"Choose one from 0 to {count - 1}"
                 )
             return self._config.stage
-        fitting = [stage for stage in range(count) if _fits(self.manifest, stage, self._device)]
+        fitting = [stage for stage in range(count) if await asyncio.to_thread(self._fits, stage)]
         if not fitting:
             check_fits(self.manifest, 0, self._device)
         served = {stage: len(await self._directory.peers(stage)) for stage in fitting}
         # Of equally served stages each peer begins elsewhere, so that those who join together spread.
         offset = hashlib.blake2b(self.peer_id.encode(), digest_size=4).digest()[0]
         return min(fitting, key=lambda stage: (served[stage], (stage - offset) % count))
+
+    def _fits(self, stage: int) -> bool:
+        try:
+            check_fits(self.manifest, stage, self._device)
+        except UserError:
+            return False
+        return True
 
     async def _assemble(self) -> None:
         manifest, stage = self.manifest, self.stage
