@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from protocol.directory import PeerState
+from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
 from protocol.manifest import Manifest
 from protocol.reports import Progress
+from protocol.requests import MAX_ROSTER
 
 LIVE_FOR = 6.0
 """Seconds for which a replica's last report counts."""
-_MAX_REPLICAS = 512
 _SETTLED_ROUNDS = 3
 _WORKING = (PeerState.SERVING, PeerState.WAITING, PeerState.LEAVING, PeerState.FINISHED)
 
@@ -37,7 +38,10 @@ class StageProgress:
     _heard: dict[PeerId, _Heard] = field(default_factory=dict)
 
     def hear(self, peer: PeerId, progress: Progress, now: float) -> None:
-        if peer in self._heard or len(self._heard) < _MAX_REPLICAS:
+        """Raises `ProtocolError` (too_early) for a version that the run does not have."""
+        if progress.version > self.manifest.schedule.rounds:
+            raise ProtocolError(Reason.TOO_EARLY, f"version {progress.version}")
+        if peer in self._heard or len(self._heard) < MAX_ROSTER:
             self._heard[peer] = _Heard(progress, now)
 
     def forget(self, peer: PeerId) -> None:
@@ -62,8 +66,12 @@ class StageProgress:
         return sorted(peers, key=lambda peer: blake2b(f"{version}/{peer}".encode(), digest_size=8).digest())
 
     def newest(self) -> int:
-        """The highest version that any replica holds; -1 without replicas."""
-        return max((progress.version for progress in self.replicas().values()), default=-1)
+        """The highest version that at least half of the replicas have reached; -1 without replicas.
+
+        Half of them and not one: a single liar must not make the others chase a version that nobody holds.
+        """
+        versions = sorted((progress.version for progress in self.replicas().values()), reverse=True)
+        return versions[(len(versions) - 1) // 2] if versions else -1
 
     def covered(self) -> set[int]:
         """Slots whose gradients some live replica has accumulated, or that are averaged in already."""

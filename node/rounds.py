@@ -45,6 +45,7 @@ _RETRY_AFTER = 0.5
 _PATIENCE = 2.0
 """Seconds for which a stage that lags behind the heads still waits for gradients under way to it."""
 _TICK = 0.25
+_MAX_ATTEMPTS_AHEAD = 1000
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,10 @@ class StageRounds:
     async def _ask_to_open(self, peer: PeerId, version: int, attempt: int) -> RoundHolding:
         link = await self._switchboard.connect(peer)
         body, _ = await link.request(ROUND_OPEN, RoundOpen(version, attempt), timeout=_OPEN_TIMEOUT)
-        return wire.decode(RoundHolding, body)
+        holding = wire.decode(RoundHolding, body)
+        if holding.count != len(holding.slots):
+            raise ProtocolError(Reason.MALFORMED, f"{holding.count} gradients of {len(holding.slots)} slots")
+        return holding
 
     async def _send_commit(self, peer: PeerId, commit: RoundCommit) -> None:
         link = await self._switchboard.connect(peer)
@@ -264,6 +268,9 @@ class StageRounds:
                 raise ProtocolError(Reason.BUSY, "another leads")
         elif self._opened is not None and question.attempt <= self._opened[1]:
             raise ProtocolError(Reason.REPLAYED, f"attempt {question.attempt}")
+        if question.attempt > self._attempt + _MAX_ATTEMPTS_AHEAD:
+            # Attempts are counted on from here, and must not run out.
+            raise ProtocolError(Reason.TOO_EARLY, f"attempt {question.attempt} after {self._attempt}")
         self._opened = (link.peer, question.attempt)
         self._attempt = max(self._attempt, question.attempt)
         return wire.encode(await self._freeze(question.version)), memoryview(b"")
@@ -276,6 +283,8 @@ class StageRounds:
         own = [member for member in commit.roster if member.peer == self._own]
         if self._frozen is None or own != [Member(self._own, len(self._frozen.slots))]:
             raise ProtocolError(Reason.WRONG_PEER, "roster without what we hold")
+        if len({member.peer for member in commit.roster}) != len(commit.roster):
+            raise ProtocolError(Reason.MALFORMED, "a member twice in the roster")
         self._begin(commit)
         return b"", memoryview(b"")
 

@@ -31,6 +31,9 @@ class Sworn(Protocol):
     """What a server says of the state that it gives."""
 
     @property
+    def digest(self) -> bytes: ...
+
+    @property
     def averaged(self) -> int: ...
 
     @property
@@ -51,7 +54,7 @@ class StateServer:
         standing: Callable[[], Sworn],
     ) -> None:
         self._compute, self._trainer, self._standing = compute, trainer, standing
-        self._snapshots: OrderedDict[int, list[memoryview]] = OrderedDict()
+        self._snapshots: OrderedDict[int, tuple[list[memoryview], list[bytes]]] = OrderedDict()
         self._lock = asyncio.Lock()
         self.is_ready = False
         switchboard.methods[STATE_DESCRIBE] = self._describe
@@ -63,23 +66,26 @@ class StateServer:
             raise ProtocolError(Reason.NOT_READY)
         async with self._lock:
             description, chunks, digests = await self._compute.run(Urgency.ROUND, self._snapshot)
-        self._snapshots[description.version] = chunks
+        self._snapshots[description.version] = chunks, digests
         while len(self._snapshots) > _KEPT_VERSIONS:
             self._snapshots.popitem(last=False)
         return wire.encode(description), memoryview(b"".join(digests))
 
     def _snapshot(self) -> tuple[StateDescription, list[memoryview], list[bytes]]:
         version, standing = self._trainer.version, self._standing()
-        chunks = self._snapshots.get(version) or self._trainer.state_chunks(CHUNK_BYTES)
-        digests = [chunk_digest(chunk) for chunk in chunks]
+        chunks, digests = self._snapshots.get(version, ([], []))
+        # Who asks again and again must not make us hash again and again.
+        if state_digest(digests) != standing.digest:
+            chunks = self._trainer.state_chunks(CHUNK_BYTES)
+            digests = [chunk_digest(chunk) for chunk in chunks]
         settled = tuple(sorted(standing.settled))[-MAX_SETTLED:]
         digest = state_digest(digests)
         return StateDescription(version, digest, CHUNK_BYTES, standing.averaged, settled), chunks, digests
 
     async def _chunk(self, link: Link, body: bytes, payload: memoryview) -> Answer:
         question = wire.decode(StateChunk, body)
-        chunks = self._snapshots.get(question.version)
-        if chunks is None or question.index >= len(chunks):
+        chunks, _ = self._snapshots.get(question.version, ([], []))
+        if question.index >= len(chunks):
             raise ProtocolError(Reason.EXPIRED, f"state {question.version}")
         return b"", chunks[question.index]
 
@@ -103,7 +109,9 @@ async def fetch_state(link: Link, size: int) -> FetchedState:
     expected = [bytes(digests[at : at + 32]) for at in range(0, len(digests), 32)]
     if state_digest(expected) != description.digest:
         raise ProtocolError(Reason.WRONG_DIGEST, f"state of {link.peer}")
-    if len(expected) > size // description.chunk_bytes + 4:
+    if description.chunk_bytes != CHUNK_BYTES:
+        raise ProtocolError(Reason.MALFORMED, f"chunks of {description.chunk_bytes} bytes")
+    if len(expected) > size // CHUNK_BYTES + 4:
         raise ProtocolError(Reason.OVERSIZED, f"{len(expected)} chunks of state")
     gate = asyncio.Semaphore(_CONCURRENT)
 
