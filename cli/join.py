@@ -12,6 +12,7 @@ import typer
 from cli import logs, running
 from cli.options import DEFAULT_HOME, IdentityFile, InviteText, Listen, Verbose
 from cli.panel import NodePanel
+from node.replica import Limits
 from node.volunteer import Volunteer, VolunteerConfig
 from protocol.errors import UserError
 from protocol.host import DEFAULT_LISTEN
@@ -55,7 +56,7 @@ def join(
         stage=_parse_stage(stage),
         device=device,
         listen=tuple(listen or DEFAULT_LISTEN),
-        link_delay=link_delay / 1e3,
+        limits=Limits(link_delay=link_delay / 1e3),
     )
     running.run(_serve(Volunteer(config), with_panel=is_terminal))
 

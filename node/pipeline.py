@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any
 
 import structlog
+from torch import Tensor
 
 from node.compute import ComputeThread, Urgency
 from node.flights import FinishedStore, Flight, Held, Outgoing, Phase
@@ -231,11 +232,12 @@ class Pipeline:
             self._answer(flight)
         self._grant()
 
-    def inject(self, microbatch: MicrobatchId) -> None:
-        """On a head: start one of our own microbatches."""
+    def inject(self, microbatch: MicrobatchId, tokens: Tensor) -> None:
+        """On a head: start one of our own microbatches, int64 (sequences, context + 1)."""
         flight = Flight(microbatch, None, monotonic())
         self.flights[microbatch] = flight
-        self._spawn(self._compute_forward(flight))
+        work = self._compute.run(Urgency.INJECT, self._passes.inject, tokens, microbatch.slot)
+        self._spawn(self._take_forward(flight, work))
 
     def on_version(self) -> None:
         """The weights moved on: start what came early."""
@@ -251,21 +253,21 @@ class Pipeline:
         if is_synchronous and flight.id.slot // self._manifest.batch.microbatches > version:
             self._early.append(flight)
         else:
-            self._spawn(self._compute_forward(flight))
+            self._spawn(self._take_forward(flight, self._forward(flight)))
 
-    async def _compute_forward(self, flight: Flight) -> None:
+    def _forward(self, flight: Flight) -> Coroutine[Any, Any, Forwarded | Returned]:
+        """The stage's work on an activation; on the tail all of it, loss and backward pass included."""
         passes, slot = self._passes, flight.id.slot
+        if self._stage < self._manifest.stages.count - 1:
+            return self._compute.run(Urgency.FORWARD, passes.forward, flight.received)
+        covered = slot in self._progress.covered()
+        return self._compute.run(
+            Urgency.BACKWARD, lambda: passes.tail(flight.received, slot, covered=covered)
+        )
+
+    async def _take_forward(self, flight: Flight, work: Coroutine[Any, Any, Forwarded | Returned]) -> None:
         try:
-            result: Forwarded | Returned
-            if flight.previous is None:
-                result = await self._compute.run(Urgency.INJECT, passes.inject, slot)
-            elif self._stage == self._manifest.stages.count - 1:
-                covered = slot in self._progress.covered()
-                result = await self._compute.run(
-                    Urgency.BACKWARD, lambda: passes.tail(flight.received, slot, covered=covered)
-                )
-            else:
-                result = await self._compute.run(Urgency.FORWARD, passes.forward, flight.received)
+            result = await work
         except ProtocolError as error:
             self._fail(flight, error)
             return

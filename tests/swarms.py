@@ -86,8 +86,8 @@ class InProcessSwarm:
         last = self.signed.manifest.stages.count - 1
         seen: dict[int, float] = {}
         for volunteer in self.volunteers:
-            if volunteer.stage == last:
-                seen |= self.recorded.get(volunteer.peer_id, {}) | volunteer.pipeline.losses
+            if volunteer.replica.stage == last:
+                seen |= self.recorded.get(volunteer.peer_id, {}) | volunteer.replica.pipeline.losses
                 self.recorded[volunteer.peer_id] = dict(seen)
         rounds = []
         while all(slot in seen for slot in range(len(rounds) * size, (len(rounds) + 1) * size)):
@@ -103,7 +103,9 @@ class InProcessSwarm:
         while not is_done():
             self.round_losses()  # Volunteers forget the losses of old rounds.
             if monotonic() > deadline:
-                doing = "\n".join(f"stage {one.stage}: {one.metrics()}" for one in self.volunteers)
+                doing = "\n".join(
+                    f"stage {one.replica.stage}: {one.snapshot().metrics}" for one in self.volunteers
+                )
                 raise AssertionError(f"waited {timeout} s for {what}; the volunteers:\n{doing}")
             await asyncio.sleep(0.05)
 

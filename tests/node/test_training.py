@@ -22,13 +22,13 @@ async def test_losses_equal_those_of_the_uncut_model(tmp_path: Path, replicas: i
 
         def all_rounds_done() -> bool:
             for one in swarm.volunteers:
-                standing = one.rounds.standing
-                digests.setdefault((one.stage, standing.version), set()).add(standing.digest)
-            return all(one.rounds.is_over for one in swarm.volunteers)
+                standing = one.replica.rounds.standing
+                digests.setdefault((one.replica.stage, standing.version), set()).add(standing.digest)
+            return all(one.replica.rounds.is_over for one in swarm.volunteers)
 
         await swarm.until(all_rounds_done, timeout=120, what="the last round")
         losses = swarm.round_losses()
-        counts = [one.pipeline.counts for one in swarm.volunteers]
+        counts = [one.replica.pipeline.counts for one in swarm.volunteers]
 
     assert losses == pytest.approx(train_uncut(manifest, ROUNDS), rel=1e-3)
     assert {key: len(found) for key, found in digests.items()} == dict.fromkeys(digests, 1), (
@@ -44,9 +44,11 @@ async def test_overlapped_uses_every_slot_once(tmp_path: Path) -> None:
     async with in_process_swarm(manifest, tmp_path) as swarm:
         await asyncio.gather(*(swarm.join(stage) for stage in range(3)))
         await swarm.until(
-            lambda: all(one.rounds.is_over for one in swarm.volunteers), what="the last round", timeout=120
+            lambda: all(one.replica.rounds.is_over for one in swarm.volunteers),
+            what="the last round",
+            timeout=120,
         )
-        averaged = [one.rounds.standing.averaged for one in swarm.volunteers]
+        averaged = [one.replica.rounds.standing.averaged for one in swarm.volunteers]
         losses = swarm.round_losses()
     assert averaged == [10 * manifest.batch.microbatches] * 3
     assert losses[-1] < losses[0]
@@ -56,20 +58,21 @@ async def test_a_late_volunteer_takes_the_state_and_contributes(tmp_path: Path) 
     manifest = small_manifest(rounds=10_000)
     async with in_process_swarm(manifest, tmp_path) as swarm:
         first = await asyncio.gather(*(swarm.join(stage) for stage in range(3)))
-        await swarm.until(lambda: first[1].rounds.version >= 3, what="three rounds")
+        await swarm.until(lambda: first[1].replica.rounds.version >= 3, what="three rounds")
         late = await swarm.join(1)
-        assert late.rounds.version >= 3
+        assert late.replica.rounds.version >= 3
         await swarm.until(
-            lambda: late.pipeline.counts["microbatches"] >= 4, what="work for the late volunteer"
+            lambda: late.replica.pipeline.counts["microbatches"] >= 4, what="work for the late volunteer"
         )
-        version = late.rounds.version
+        version = late.replica.rounds.version
         await swarm.until(
-            lambda: min(late.rounds.version, first[1].rounds.version) > version + 1, what="two more rounds"
+            lambda: min(late.replica.rounds.version, first[1].replica.rounds.version) > version + 1,
+            what="two more rounds",
         )
         await swarm.until(
             lambda: (
-                late.rounds.standing.version == first[1].rounds.standing.version
-                and late.rounds.standing.digest == first[1].rounds.standing.digest
+                late.replica.rounds.standing.version == first[1].replica.rounds.standing.version
+                and late.replica.rounds.standing.digest == first[1].replica.rounds.standing.digest
             ),
             what="equal state digests",
         )
