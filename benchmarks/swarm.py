@@ -168,7 +168,7 @@ async def local_swarm(
     # The command, and what it would import late: the model's architecture.
     architecture = str(manifest.model.config["model_type"])
     modelling = f"transformers.models.{architecture}.modeling_{architecture}"
-    context.set_forkserver_preload([_entry_point().module, "node.volunteer", modelling])
+    context.set_forkserver_preload([_entry_point().module, "node.volunteer", "bootstrap.seed", modelling])
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     signed = SignedManifest.sign(manifest, Identity.load_or_create(folder / "operator.key"))
     swarm = LocalSwarm(folder, signed, threads=threads, link_delay=link_delay, _context=context)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.demo import run_demo
-from cli import logs, running
+from cli import files, logs, running
 from cli.demo_display import DemoDisplay
-from node.presets import build_manifest
-from protocol.errors import UserError
+from cli.options import Schedule, Wire
 
 
 def demo(
@@ -21,8 +18,8 @@ def demo(
     replicas: Annotated[int, typer.Option(help="Volunteers that serve each stage.", min=1)] = 2,
     rounds: Annotated[int, typer.Option(help="How many rounds to train.", min=1)] = 60,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the samples.", min=0)] = 0,
-    schedule: Annotated[str, typer.Option(help="`overlapped` or `synchronous`.")] = "overlapped",
-    wire: Annotated[str, typer.Option(help="Number format between stages: `fp32` or `bf16`.")] = "fp32",
+    schedule: Schedule = "overlapped",
+    wire: Wire = "fp32",
     link_delay: Annotated[
         float, typer.Option(help="Milliseconds added to everything a volunteer sends.", min=0)
     ] = 0.0,
@@ -35,10 +32,25 @@ def demo(
 ) -> None:
     """Start a bootstrap peer and volunteers as processes on this machine, and train a small model on real text.
 
-    Examples: `sentinel-node demo`, `sentinel-node demo --schedule synchronous --link-delay 100 --json result.json`
-
     The processes run `sentinel-node bootstrap` and `sentinel-node join`, as one would by hand on several machines.
+
+    Examples:
+
+        sentinel-node demo
+
+        sentinel-node demo --stages 2 --replicas 1 --rounds 20
+
+        sentinel-node demo --schedule synchronous --link-delay 100
+
+        sentinel-node demo --json result.json --keep logs
     """
+    if output is not None:
+        files.check_writable(output, "--json")
+    if keep is not None:
+        files.check_writable(keep / "run.toml", "--keep")
+    from benchmarks.demo import run_demo
+    from node.presets import build_manifest
+
     logs.configure(quiet=True)
     manifest = build_manifest(
         preset="tiny",
@@ -54,25 +66,13 @@ def demo(
         wire=wire,
         name="demo",
     )
-    _check_writable(output)
     with tempfile.TemporaryDirectory(prefix="sentinel-demo-") as scratch, DemoDisplay() as display:
         work = run_demo(
             manifest, keep or Path(scratch), replicas=replicas, link_delay=link_delay / 1e3, show=display.show
         )
         result = running.run(running.interruptible(work))
     if result is None:
-        raise typer.Exit(130)
+        raise typer.Exit(running.INTERRUPTED)
     display.summarise(result)
     if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _check_writable(path: Path | None) -> None:
-    """A run of minutes must not end in a file that cannot be written. Raises `UserError`."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}", "Name another file with --json") from None
+        files.write_json(output, result, "--json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.demo import DemoView
+if TYPE_CHECKING:
+    from benchmarks.demo import DemoView
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LINE_EVERY = 5

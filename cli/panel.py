@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
-from node.volunteer import Volunteer
+if TYPE_CHECKING:
+    from node.volunteer import Volunteer
 
 _REFRESH = 0.5
 

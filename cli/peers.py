@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 from time import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,11 +15,11 @@ from rich.table import Table
 
 from cli import logs, running
 from cli.options import InviteText, Listen
-from node.observer import Observer
-from protocol.directory import StageRecord
-from protocol.host import DEFAULT_LISTEN
-from protocol.identity import PeerId
 from protocol.invite import Invite
+
+if TYPE_CHECKING:
+    from node.observer import Observer
+    from protocol.directory import StageRecord
 
 _LISTEN_FOR = 2.5
 
@@ -31,13 +31,22 @@ def peers(
 ) -> None:
     """Who serves what: peer, stage, state, weights version, throughput, load, last seen.
 
-    Examples: `sentinel-node peers sentinel1-...`, `sentinel-node peers sentinel1-... --json`
+    Examples:
+
+        sentinel-node peers sentinel1-...
+
+        sentinel-node peers sentinel1-... --json
     """
-    logs.configure(quiet=True)
     parsed = Invite.parse(invite)
+    from node.observer import Observer
+    from protocol.host import DEFAULT_LISTEN
+
+    logs.configure(quiet=True)
     with tempfile.TemporaryDirectory(prefix="sentinel-peers-") as folder:
         observer = Observer(parsed, Path(folder) / "key", tuple(listen or DEFAULT_LISTEN))
-        rows = running.run(_collect(observer))
+        rows = running.run(running.interruptible(_collect(observer)))
+    if rows is None:
+        raise typer.Exit(running.INTERRUPTED)
     if as_json:
         print(json.dumps({"run": parsed.run.hex(), "peers": rows}, indent=2))
         return
@@ -56,6 +65,8 @@ async def _collect(observer: Observer) -> list[dict[str, Any]]:
 
 def _row(observer: Observer, record: StageRecord) -> dict[str, Any]:
     """Fresh figures where the peer was heard; else what its record in the DHT says."""
+    from protocol.identity import PeerId
+
     sighting = observer.sightings.get(PeerId(record.peer))
     metrics = sighting.metrics if sighting else None
     last_seen = observer.seconds_since(sighting) if sighting else max(0.0, time() - record.stated)

@@ -139,8 +139,10 @@ class Checkpoint:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             probe = self._path.with_suffix(f".{os.getpid()}.probe")
-            probe.write_bytes(b"\0" * 65536)
-            probe.unlink()
+            try:
+                probe.write_bytes(b"\0" * 65536)
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"Cannot write to {self._path.parent}: {error.strerror}",

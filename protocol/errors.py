@@ -16,7 +16,7 @@ class UserError(SentinelError):
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(f"{problem}. {remedy}")
+        super().__init__(f"{problem.rstrip('.')}. {remedy}")
         self.problem = problem
         self.remedy = remedy
 

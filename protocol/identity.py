@@ -87,13 +87,17 @@ class Identity:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
+            except BaseException:
+                path.unlink()  # Half a key would be in the way of the next start.
+                raise
         except FileExistsError:
             raise UserError(f"{path} exists already", "Name another file, or move this key away") from None
         except OSError as error:
             raise UserError(
-                f"Cannot write the key file {path}: {error.strerror}", "Name a writable place"
+                f"Cannot write the key file {path}: {error.strerror}", "Free space, or name a writable place"
             ) from None
 
     @classmethod

@@ -154,11 +154,14 @@ class SignedManifest(_Section):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(path.name + ".part")
-            temporary.write_text(self.to_toml())
-            temporary.replace(path)
+            try:
+                temporary.write_text(self.to_toml())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"Cannot write {path}: {error.strerror}", "Name a writable place with --out"
+                f"Cannot write {path}: {error.strerror}", "Free space, or name a writable place with --out"
             ) from None
 
     @classmethod
