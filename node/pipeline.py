@@ -395,7 +395,7 @@ class Pipeline:
         """The stage's work on this microbatch is done: answer, keep the evidence, free the rest."""
         self.counts["microbatches"] += 1
         if result.loss is not None:
-            self.losses[flight.id.slot] = result.loss
+            self.losses.setdefault(flight.id.slot, result.loss)  # Of a later attempt: later weights.
         flight.answer, flight.answer_version = result.answer, result.version
         self._end(flight)
         self._answer(flight)

@@ -92,6 +92,7 @@ class Volunteer:
         log.debug("starting", peer=self.peer_id)
         self._tasks = tasks = TaskSet()
         self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
+        tasks.spawn(host.watch())
         signed = await fetch_manifest(host, config.invite)
         stages = signed.manifest.stages.count
         self._directory = await Directory.join(host, signed.run, stages)
