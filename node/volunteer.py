@@ -115,6 +115,7 @@ class Volunteer:
         await self._acquire_state()
         replica.serve()
         tasks.spawn(replica.rounds.run())
+        tasks.spawn(replica.pipeline.watch())
         tasks.every(_CHECKPOINT_EVERY, self._save_checkpoint)
         if corpus is not None:
             tasks.spawn(Injector(replica, self._directory, corpus).run())

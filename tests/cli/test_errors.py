@@ -16,6 +16,7 @@ from bootstrap.seed import Seed
 from cli import files
 from cli.failures import explain
 from node.data import MemoryCorpus
+from node.passes import StagePasses
 from node.reporting import Reporter
 from protocol import host
 from protocol.errors import SentinelError, UserError
@@ -369,6 +370,20 @@ def test_data_that_fails_while_training(
     assert outcome.code == code, outcome.err
     assert part in outcome.err.splitlines()[-1]
     assert ("Traceback" in outcome.err) == (code == 1), "a bug's traceback is wanted, another's is not"
+
+
+def test_memory_that_runs_out_while_computing(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inject(passes: StagePasses, tokens: torch.Tensor, slot: int) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(StagePasses, "inject", inject)
+    with hosted(small_manifest(stages=1), tmp_path) as invite:
+        outcome = join(invoke, invite, tmp_path, "--threads", "1")
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.splitlines()[-1].startswith("sentinel-node: Out of memory")
+    assert "Traceback" not in outcome.err
 
 
 def test_a_task_of_the_node_that_fails(
