@@ -128,6 +128,14 @@ def test_bootstrap_refuses_what_is_no_manifest(
     invoke("bootstrap", "--manifest", path).says(part, "sentinel-node init")
 
 
+def test_a_second_seed_of_another_run(
+    invoke: Invoke, tmp_path: Path, signed: SignedManifest, run_invite: str
+) -> None:
+    invoke("bootstrap", "--manifest", tmp_path / "run.toml", "--with", run_invite).says(
+        "--with", "another run"
+    )
+
+
 @contextmanager
 def taken_port(kind: socket.SocketKind) -> Iterator[int]:
     with socket.socket(socket.AF_INET, kind) as holder:

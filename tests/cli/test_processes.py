@@ -20,10 +20,12 @@ import psutil
 import pytest
 
 from benchmarks.swarm import become
+from bootstrap.seed import Seed
+from protocol.host import LOOPBACK
 from protocol.identity import Identity
 from protocol.invite import Invite
 from protocol.manifest import SignedManifest
-from tests.cli.conftest import LISTEN, hosted
+from tests.cli.conftest import LISTEN, hosted, serving
 from tests.swarms import small_manifest
 
 PATIENCE = 90.0
@@ -183,6 +185,19 @@ def test_a_signal_while_starting(shell: Shell, tmp_path: Path, command: str, num
     assert monotonic() - began < 8, "it should not wait for the seed's time limit"
     assert "Traceback" not in started.err.read_text()
     assert not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_second_seed_is_enough(shell: Shell, tmp_path: Path) -> None:
+    signed = SignedManifest.sign(small_manifest(), Identity.generate())
+    signed.write(tmp_path / "run.toml")
+    with serving(Seed(signed, tmp_path / "first.key", LOOPBACK)) as first:
+        words = ("--manifest", tmp_path / "run.toml", "--identity", tmp_path / "second.key", "--with", first)
+        second = shell("bootstrap", *words, *LISTEN)
+        invite = until(lambda: second.out.exists() and second.out.read_text().strip(), "the second invite")
+        assert set(Invite.parse(first).seeds) < set(Invite.parse(invite).seeds)
+    asked = shell("peers", invite, *LISTEN)
+    assert asked.end() == 0, asked.err.read_text()
+    assert "Nobody serves this run yet" in asked.out.read_text()
 
 
 def test_a_network_daemon_that_dies(shell: Shell, tmp_path: Path) -> None:
