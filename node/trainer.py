@@ -187,7 +187,7 @@ class StageTrainer:
             weights.grad = gradient[part]
             groups.append({"params": [weights], "weight_decay": decay})
             state[weights] = {
-                "step": torch.tensor(float(self._steps)),
+                "step": torch.tensor(float(self._steps), device=self._device),
                 "exp_avg": self._first_moment[part],
                 "exp_avg_sq": self._second_moment[part],
             }
@@ -291,7 +291,7 @@ def flat_norm(flat: Tensor) -> float:
     squares: list[float] = []
     if whole:
         # A few blocks at a time: their doubles stay in the cache, and no copy of the whole is made.
-        for part in flat[:whole].view(-1, _NORM_BLOCK).split(_NORM_BLOCKS_AT_ONCE):
+        for part in torch.split(flat[:whole].view(-1, _NORM_BLOCK), _NORM_BLOCKS_AT_ONCE):
             squares += part.double().square_().sum(1).tolist()
     squares += flat[whole:].double().square().tolist()
     return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
