@@ -1,0 +1,323 @@
+"""Our detector: features, centred, ranked, bet upon; and a rare recomputation where that cannot decide.
+
+`screen` looks and changes nothing; `record` learns. Between the two a host may ask other replicas about the hops that
+`screen` wants heard: at once in the mesh, a network round trip later in a live verifier.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from verifier import features
+from verifier.audit import Auditor
+from verifier.baseline import Centring, MeanTensor
+from verifier.cascade import Cascade
+from verifier.conformal import Reference
+from verifier.detector import Court, Detector, Hearing
+from verifier.ladder import Ladder, Standing, Verdict
+from verifier.martingale import Capital
+from verifier.roster import Roster, in_turns
+from verifier.second_opinion import Refusal, Refusals
+from verifier.streams import Ban, Direction, Floats, Hops, Judgement, Mask, Peer, Stream
+from verifier.violations import ViolationCounter
+
+# With fewer scores in the reference, being the highest of them means little.
+_RANKABLE = 100
+_GAMES = {Direction.ACTIVATION: 0, Direction.GRADIENT: 1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number that `sentinel` has. None of them was chosen for a particular attack.
+
+    `alpha`: the chance of ever banning an honest peer by evidence alone. `refuse`: the p-value of a
+    family of features at which a tensor is odd: heard or refused. `outlier`: the score, in robust standard deviations,
+    that is odd while the reference is too short for ranks. `window`: accepted scores
+    remembered a stream. `probation`: rounds a score waits before it is believed. `memory`: weight of the old mean
+    tensor per hop, by direction (the paper's 0.9 and 0.8 for a step of 8 replicas). `peers`: how many are monitored.
+    `recompute`: the share of all compute that recomputation may take; 0 is off. The rest is for ablations.
+    """
+
+    alpha: float = 1e-3
+    refuse: float = 1 / 500
+    outlier: float = 8.0
+    window: int = 1024
+    probation: int = 4
+    memory: dict[Direction, float] = field(
+        default_factory=lambda: {Direction.ACTIVATION: 0.9 ** (1 / 8), Direction.GRADIENT: 0.8 ** (1 / 8)}
+    )
+    peers: int = 1024
+    recompute: float = 0.01
+    families: tuple[str, ...] = ("marginal", "transition", "tokens")
+    centring: bool = True
+    counter: bool = False
+
+
+@dataclass
+class _StreamState:
+    """What is known of one stream: 24 KiB of scores, two mean tensors, centres and spreads."""
+
+    mean: MeanTensor
+    mean_step: MeanTensor
+    marginal: Centring
+    transition: Centring
+    reference: Reference
+    waiting: deque[tuple[int, npt.NDArray[np.intp], Floats]] = field(default_factory=deque)
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What `screen` saw of N hops. `raw` (N,) is the highest score before the cascade's discount. `confirmed`, by
+    position, are refusals that a hop proves wrong. `wanted` (N,) should be heard if affordable."""
+
+    hops: Hops
+    rows: npt.NDArray[np.intp]
+    valid: Mask
+    marginal: Floats
+    marginal_residuals: Floats
+    transition: Floats | None
+    transition_residuals: Floats | None
+    raw: Floats
+    scores: Floats
+    p: Floats
+    confirmed: dict[int, list[Refusal]]
+    odd: Mask
+    wanted: Mask
+
+
+class Sentinel(Detector):
+    """See docs/verification.md for the statistics and their promise."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self._ladder = Ladder(self.settings.alpha)
+        self._streams: dict[Stream, _StreamState] = {}
+        self._cascade = Cascade()
+        self._refusals = Refusals()
+        count = self.settings.peers
+        self._capital = Capital(count, len(_GAMES), len(self.settings.families))
+        self._violations = ViolationCounter(count)
+        self._samples = np.zeros(count, dtype=np.int64)
+        self._flags = np.zeros(count, dtype=np.int64)
+        self._banned = np.zeros(count, dtype=np.bool_)
+        self._roster = Roster(count, self._forget)
+        self.auditor = Auditor(self.settings.recompute, count)
+        self._directions: dict[int, Tensor] = {}
+
+    # What hosts call
+
+    def judge(self, hops: Hops, court: Court) -> Judgement:
+        screening = self.screen(hops, court.quorum(hops))
+        hearings = self.auditor.hear(hops, screening.rows, screening.wanted, court)
+        return self.record(screening, hearings)
+
+    def guard(self, hops: Hops) -> Mask:
+        """Marginals alone, as a receiver can see them: what is not finite, or an outlier beyond any rank."""
+        state = self._state(hops)
+        if state.mean.value is None:
+            return np.ones(len(hops), dtype=np.bool_)
+        values = self._marginal(hops, state)
+        valid = self._valid(hops, values)
+        residuals = state.marginal.residuals(values, np.zeros(len(hops), dtype=np.bool_))
+        return ~valid | (_size(residuals) > self.settings.outlier)
+
+    def standing(self, peer: Peer) -> Standing:
+        row = self._roster.find(peer)
+        if row is None:
+            return Standing()
+        evidence = float(self._evidence(np.array([row]))[0])
+        verdict = Verdict.BANNED if self._banned[row] else self._ladder.verdict(evidence)
+        audits = int(self.auditor.audits[row])
+        return Standing(verdict, evidence, int(self._samples[row]), int(self._flags[row]), audits)
+
+    # Looking
+
+    def screen(self, hops: Hops, quorum: int) -> Screening:
+        """Measure and rank N hops of one stream; `quorum` is the court's. Changes nothing but the roster."""
+        settings, state = self.settings, self._state(hops)
+        rows = self._roster.rows(hops.peers)
+        marginal = self._marginal(hops, state)
+        transition = self._transition(hops, state)
+        valid = self._valid(hops, marginal)
+        trusted = valid & (self._evidence(rows) < self._ladder.top / 3)
+        marginal_residuals = state.marginal.residuals(marginal, trusted)
+        transition_residuals = None
+        if transition is not None:
+            transition_residuals = state.transition.residuals(transition, trusted)
+        scores = self._scores(marginal_residuals, transition_residuals)
+        raw = scores.max(1)
+        scores /= self._cascade.discount(hops)[:, None]
+        scores[~valid] = np.inf
+        p = state.reference.p_values(scores)
+        odd = self._odd(state, scores, p)
+        confirmed = self._refusals.confirmed(hops, rows, quorum)
+        suspect = self._evidence(rows) >= self._ladder.top / 3
+        wanted = odd | suspect
+        wanted[list(confirmed)] = False
+        return Screening(
+            hops,
+            rows,
+            valid,
+            marginal,
+            marginal_residuals,
+            transition,
+            transition_residuals,
+            raw,
+            scores,
+            p,
+            confirmed,
+            odd,
+            wanted,
+        )
+
+    def _odd(self, state: _StreamState, scores: Floats, p: Floats) -> Mask:
+        """By rank; by size while there are too few scores to rank against."""
+        known = len(state.reference)
+        if known < _RANKABLE:
+            odd: Mask = scores.max(1) > self.settings.outlier
+            return odd
+        return p.min(1) <= max(self.settings.refuse, 1 / (1 + known))
+
+    def _state(self, hops: Hops) -> _StreamState:
+        state = self._streams.get(hops.stream)
+        if state is None:
+            memory = self.settings.memory[hops.direction]
+            count = len(features.TRANSITION) + len(features.TOKENS)
+            follow = self.settings.centring
+            state = self._streams[hops.stream] = _StreamState(
+                MeanTensor(memory),
+                MeanTensor(memory),
+                Centring(len(features.MARGINAL), follow_replicas=follow),
+                Centring(count, follow_replicas=follow),
+                Reference(len(self.settings.families), self.settings.window),
+            )
+        return state
+
+    def _marginal(self, hops: Hops, state: _StreamState) -> Floats:
+        mean = state.mean.value
+        if mean is None:
+            mean = hops.outputs.nanmedian(0).values.mean(0)
+        width = hops.outputs.shape[-1]
+        if width not in self._directions:
+            self._directions[width] = features.projections(width)
+        distances = features.marginal_distances(hops.outputs, mean, self._directions[width])
+        return features.log_marginal(distances)
+
+    def _transition(self, hops: Hops, state: _StreamState) -> Floats | None:
+        if hops.inputs is None:
+            return None
+        mean_step = state.mean_step.value
+        if mean_step is None:
+            mean_step = features.mean_steps(hops.inputs, hops.outputs).nanmedian(0).values
+        return features.transition(hops.inputs, hops.outputs, mean_step)
+
+    def _valid(self, hops: Hops, marginal: Floats) -> Mask:
+        """What arrived and is finite. L2 sums every element, so it is finite only if they all are."""
+        valid: Mask = hops.delivered & np.isfinite(marginal).all(1)
+        return valid
+
+    def _scores(self, marginal: Floats, transition: Floats | None) -> Floats:
+        """(N, K) root mean square residual of each family of features; 0 where it cannot be had."""
+        cut = len(features.TRANSITION)
+        parts = {"marginal": marginal}
+        if transition is not None:
+            parts |= {"transition": transition[:, :cut], "tokens": transition[:, cut:]}
+        scores = np.zeros((len(marginal), len(self.settings.families)))
+        for column, family in enumerate(self.settings.families):
+            if family in parts:
+                scores[:, column] = _size(parts[family])
+        return scores
+
+    def _evidence(self, rows: npt.NDArray[np.intp]) -> Floats:
+        """(n,) nats against each row, of which the ladder's top is a ban."""
+        if self.settings.counter:
+            return self._violations.share(rows) * self._ladder.top
+        return self._capital.log_capital(rows)
+
+    # Learning
+
+    def record(self, screening: Screening, hearings: dict[int, Hearing]) -> Judgement:
+        """Take in what was seen and what was heard (by row), and decide."""
+        hops, rows = screening.hops, screening.rows
+        innocent, guilty = np.zeros(len(hops), dtype=np.bool_), np.zeros(len(hops), dtype=np.bool_)
+        for row, hearing in hearings.items():
+            innocent[row], guilty[row] = hearing.guilty is False, hearing.guilty is True
+        for row, refusals in screening.confirmed.items():
+            innocent[row] = True
+            for refusal in refusals:
+                self._capital.refund(refusal.row, _GAMES[hops.direction], refusal.p)
+        self._weigh(screening, innocent)
+        evidence = self._evidence(rows)
+        convicted = guilty | (evidence >= self._ladder.top)
+        refused = (screening.odd & ~innocent) | convicted
+        bans = self._ban(screening, convicted, guilty, evidence)
+        self._flags[rows[screening.odd & ~innocent]] += 1
+        self._refusals.note(hops, rows, screening.p, refused)
+        self._cascade.note(hops, screening.raw, ~refused & screening.valid, innocent)
+        self._learn(screening, ~refused)
+        return Judgement(refused, bans)
+
+    def _weigh(self, screening: Screening, innocent: Mask) -> None:
+        """Bet on each hop's p-values; a hop found innocent counts as the most ordinary one."""
+        game = _GAMES[screening.hops.direction]
+        p = np.where(innocent[:, None], 1.0, screening.p)
+        for places in in_turns(screening.rows):
+            rows = screening.rows[places]
+            self._samples[rows] += 1
+            self._capital.bet(rows, game, p[places])
+            self._violations.count(rows, screening.odd[places] & ~innocent[places])
+
+    def _ban(self, screening: Screening, convicted: Mask, guilty: Mask, evidence: Floats) -> tuple[Ban, ...]:
+        hops, bans = screening.hops, []
+        for row in np.flatnonzero(convicted):
+            if self._banned[screening.rows[row]]:
+                continue
+            self._banned[screening.rows[row]] = True
+            reason = (
+                f"recomputation of a {hops.direction} differs"
+                if guilty[row]
+                else f"evidence of {evidence[row]:.1f} nats, {self._ladder.top:.1f} allowed"
+            )
+            bans.append(Ban(hops.peers[row], hops.stage, hops.round, reason))
+        return tuple(bans)
+
+    def _learn(self, screening: Screening, accepted: Mask) -> None:
+        hops, state = screening.hops, self._state(screening.hops)
+        accepted = accepted & screening.valid
+        good = accepted & (self._evidence(screening.rows) < self._ladder.top / 3)
+        chosen = np.flatnonzero(good)
+        if not len(chosen):
+            return
+        state.mean.update(hops.outputs[chosen].mean(1))
+        state.marginal.learn(screening.marginal[chosen], screening.marginal_residuals[chosen])
+        if screening.transition is not None and screening.transition_residuals is not None:
+            assert hops.inputs is not None
+            state.mean_step.update(features.mean_steps(hops.inputs[chosen], hops.outputs[chosen]))
+            state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
+        state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))
+        self._end_probation(state, hops.round)
+
+    def _end_probation(self, state: _StreamState, round: int) -> None:
+        """Believe the scores that have waited long enough, of peers that are still in good standing."""
+        while state.waiting and state.waiting[0][0] <= round - self.settings.probation:
+            _, rows, scores = state.waiting.popleft()
+            good = ~self._banned[rows] & (self._evidence(rows) < self._ladder.top / 3)
+            state.reference.admit(scores[good])
+
+    def _forget(self, row: int) -> None:
+        self._capital.forget(row)
+        self._violations.forget(row)
+        self.auditor.forget(row)
+        self._samples[row] = self._flags[row] = 0
+        self._banned[row] = False
+
+
+def _size(residuals: Floats) -> Floats:
+    size: Floats = np.sqrt(np.square(residuals).mean(1))
+    return size
