@@ -6,6 +6,9 @@ import sys
 
 import typer
 
+from cli.bootstrap import bootstrap
+from cli.init import init
+from cli.join import join
 from protocol.errors import UserError
 
 app = typer.Typer(
@@ -15,6 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+for command in (init, bootstrap, join):
+    app.command()(command)
 
 
 def main() -> None:

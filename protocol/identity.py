@@ -44,7 +44,7 @@ def public_key_of(peer: str) -> bytes:
         raise ProtocolError(Reason.MALFORMED, "PeerID is not base58") from None
     if len(raw) != len(_PEER_ID_PREFIX) + 32 or not raw.startswith(_PEER_ID_PREFIX):
         raise ProtocolError(Reason.MALFORMED, "PeerID does not embed an Ed25519 key")
-    return raw[len(_PEER_ID_PREFIX) :]
+    return bytes(raw[len(_PEER_ID_PREFIX) :])
 
 
 def check_signature(peer: str, domain: bytes, body: bytes, signature: bytes) -> None:
@@ -89,7 +89,9 @@ class Identity:
         except FileExistsError:
             raise UserError(f"{path} exists already", "Name another file, or move this key away") from None
         except OSError as error:
-            raise UserError(f"Cannot write the key file {path}: {error.strerror}", "Name a writable place") from None
+            raise UserError(
+                f"Cannot write the key file {path}: {error.strerror}", "Name a writable place"
+            ) from None
 
     @classmethod
     def load(cls, path: Path) -> Identity:
@@ -103,7 +105,9 @@ class Identity:
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 - protobuf raises several kinds for bytes that are no key
-            raise UserError(f"{path} is not a key file ({type(error).__name__})", "Name another file") from None
+            raise UserError(
+                f"{path} is not a key file ({type(error).__name__})", "Name another file"
+            ) from None
         if key.key_type != crypto_pb2.Ed25519 or len(key.data) != 64:
             raise UserError(f"{path} holds no Ed25519 key", "Remove --identity to have one made") from None
         return cls._of(Ed25519PrivateKey.from_private_bytes(key.data[:32]))

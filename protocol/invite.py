@@ -46,4 +46,6 @@ class Invite(wire.Message, frozen=True):
         try:
             return wire.decode(cls, body)
         except ProtocolError:
-            raise UserError("The invite was made by another version of sentinel-node", "Install the same") from None
+            raise UserError(
+                "The invite was made by another version of sentinel-node", "Install the same"
+            ) from None

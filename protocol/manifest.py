@@ -7,7 +7,6 @@ so comments, order and layout of the file do not matter.
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,7 +19,6 @@ from protocol.errors import ProtocolError, UserError
 from protocol.identity import Identity, check_signature
 
 DOMAIN = b"sentinel/manifest/1"
-FORMAT = 1
 MAX_BYTES = 256 * 1024
 
 Schedule = Literal["synchronous", "overlapped"]
@@ -32,7 +30,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """`config` is a Hugging Face config as a dict (with `model_type`); `tokenizer` is `bytes` or a folder or hub name."""
+    """`config`: a Hugging Face config, with its `model_type`; `tokenizer`: `bytes`, a folder or a hub name."""
 
     config: dict[str, Any]
     tokenizer: str = "bytes"
@@ -51,7 +49,7 @@ class ModelSection(_Section):
 
 
 class StagesSection(_Section):
-    """`cut[s]` is stage s's first decoder layer; `cut[-1]` the number of layers. Stage s has layers cut[s]..cut[s+1]-1."""
+    """Stage s has the decoder layers from `cut[s]` up to, not including, `cut[s + 1]`; `cut[-1]` is their number."""
 
     cut: Annotated[tuple[int, ...], Field(min_length=2)]
 
@@ -95,7 +93,7 @@ class ScheduleSection(_Section):
 class Manifest(_Section):
     """Everything that peers of one run must agree on. Build with `Manifest(...)`, share with `sign` and `write`."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[\w. -]+$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     testbed: bool = False
@@ -151,9 +149,11 @@ class SignedManifest(_Section):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(path.name + ".part")
             temporary.write_text(self.to_toml())
-            os.replace(temporary, path)
+            temporary.replace(path)
         except OSError as error:
-            raise UserError(f"Cannot write {path}: {error.strerror}", "Name a writable place with --out") from None
+            raise UserError(
+                f"Cannot write {path}: {error.strerror}", "Name a writable place with --out"
+            ) from None
 
     @classmethod
     def read(cls, path: Path) -> SignedManifest:
@@ -161,7 +161,9 @@ class SignedManifest(_Section):
         try:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Cannot read the manifest {path}: {error}", "Make one: sentinel-node init") from None
+            raise UserError(
+                f"Cannot read the manifest {path}: {error}", "Make one: sentinel-node init"
+            ) from None
         return cls.parse(text, str(path))
 
     @classmethod
@@ -175,8 +177,17 @@ class SignedManifest(_Section):
             seal = body.pop("seal")
             signed = cls(manifest=Manifest(**body), operator=seal["operator"], signature=seal["signature"])
             signature = bytes.fromhex(signed.signature)
-        except (tomllib.TOMLDecodeError, ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"The manifest from {source} is not valid: {_first_line(error)}", remedy) from None
+        except (
+            tomllib.TOMLDecodeError,
+            ValidationError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ) as error:
+            raise UserError(
+                f"The manifest from {source} is not valid: {_first_line(error)}", remedy
+            ) from None
         try:
             check_signature(signed.operator, DOMAIN, signed.manifest.canonical(), signature)
         except ProtocolError:

@@ -7,7 +7,7 @@ annotations state, and raises nothing but `ProtocolError` whatever the bytes are
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -22,7 +22,9 @@ M = TypeVar("M", bound=Message)
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
-PeerName = Annotated[str, msgspec.Meta(min_length=52, max_length=52, pattern="^12D3KooW[1-9A-HJ-NP-Za-km-z]+$")]
+PeerName = Annotated[
+    str, msgspec.Meta(min_length=52, max_length=52, pattern="^12D3KooW[1-9A-HJ-NP-Za-km-z]+$")
+]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 StageField = Annotated[int, msgspec.Meta(ge=0, le=4095)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -31,7 +33,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 @cache
-def _decoder(kind: type[M]) -> msgspec.msgpack.Decoder[M]:
+def _decoder(kind: type[Message]) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(kind)
 
 
@@ -43,6 +45,7 @@ def encode(message: Message) -> bytes:
 def decode(kind: type[M], data: bytes | memoryview) -> M:
     """The message of type `kind` that `data` holds. Raises `ProtocolError` (malformed) for anything else."""
     try:
-        return _decoder(kind).decode(data)
+        message: M = _decoder(kind).decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ProtocolError(Reason.MALFORMED, f"{kind.__name__}: {error}"[:200]) from None
+    return message

@@ -1,0 +1,59 @@
+"""The seed peer: entry point to the DHT, relay for peers behind NAT, server of the signed manifest.
+
+It serves no stage and sees no tensor. A run that has begun goes on without it; only joining needs a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from protocol.directory import Directory
+from protocol.host import DEFAULT_LISTEN, Host
+from protocol.identity import Identity, PeerId
+from protocol.introduction import Deaf, manifest_method
+from protocol.invite import Invite
+from protocol.links import Switchboard
+from protocol.manifest import SignedManifest
+from protocol.reports import metrics_topic, progress_topic
+from protocol.requests import MANIFEST
+
+log = structlog.get_logger("bootstrap")
+
+
+class Seed:
+    """`start`, hand out `invite`, `stop` on every path."""
+
+    def __init__(
+        self, signed: SignedManifest, identity: Path, listen: Sequence[str] = DEFAULT_LISTEN
+    ) -> None:
+        self._signed, self._identity_path, self._listen = signed, identity, listen
+
+    async def start(self) -> Invite:
+        """Raises `UserError` if an address cannot be listened on or the identity cannot be used."""
+        Identity.load_or_create(self._identity_path)
+        run, stages = self._signed.run, self._signed.manifest.stages.count
+        self.host = await Host.start(self._identity_path, listen=self._listen, relay=True)
+        await Directory.join(self.host, run, stages)
+        self._switchboard = Switchboard(self.host, run, stage=-1, max_tensor=0, owner=Deaf())
+        self._switchboard.methods[MANIFEST] = manifest_method(self._signed)
+        await self._switchboard.start()
+        # Gossip crosses from peer to peer only over subscribers: until peers know each other, that is us.
+        for topic in (metrics_topic(run), *(progress_topic(run, stage) for stage in range(stages))):
+            await self.host.subscribe(topic, _pass_on)
+        addresses = await self.host.addresses()
+        invite = Invite(run, self._signed.operator, tuple(addresses[:16]))
+        log.info("bootstrap peer is up", peer=self.host.peer_id, addresses=addresses)
+        return invite
+
+    async def stop(self) -> None:
+        if hasattr(self, "_switchboard"):
+            await self._switchboard.stop()
+        if hasattr(self, "host"):
+            await self.host.stop()
+
+
+def _pass_on(author: PeerId, data: bytes) -> None:
+    """p2pd has passed the message on already."""

@@ -1,0 +1,81 @@
+"""`sentinel-node join`: be a volunteer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from cli import logs, running
+from cli.options import DEFAULT_HOME, IdentityFile, InviteText, Listen, Verbose
+from cli.panel import NodePanel
+from node.volunteer import Volunteer, VolunteerConfig
+from protocol.errors import UserError
+from protocol.host import DEFAULT_LISTEN
+from protocol.invite import Invite
+
+
+def join(
+    invite: InviteText,
+    stage: Annotated[
+        str, typer.Option(help="`auto`, or the number of the stage to serve.", metavar="auto|N")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="`auto`, `cpu` or `cuda:N`.", metavar="DEVICE")] = "auto",
+    listen: Listen = None,
+    identity: IdentityFile = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where checkpoints and data are kept.", metavar="DIR")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads to compute with; 0: torch decides.", min=0)] = 0,
+    link_delay: Annotated[
+        float, typer.Option(help="Milliseconds added to everything sent, to try a slow link.", min=0)
+    ] = 0.0,
+    verbose: Verbose = False,
+) -> None:
+    """Join a run as a volunteer: serve one stage of the model until Ctrl-C.
+
+    Examples: `sentinel-node join sentinel1-...`, `sentinel-node join sentinel1-... --stage 2 --device cuda:0`
+
+    Checks the manifest's signature, picks the least served stage that fits, takes its state from its replicas.
+    Ctrl-C leaves gracefully: what this node holds is finished or handed back.
+    """
+    is_terminal = sys.stderr.isatty()
+    logs.configure(verbose=verbose, quiet=is_terminal and not verbose)
+    if threads:
+        torch.set_num_threads(threads)
+    parsed = Invite.parse(invite)
+    home = cache_dir or DEFAULT_HOME
+    config = VolunteerConfig(
+        invite=parsed,
+        identity=identity or home / "node.key",
+        cache_dir=home,
+        stage=_parse_stage(stage),
+        device=device,
+        listen=tuple(listen or DEFAULT_LISTEN),
+        link_delay=link_delay / 1e3,
+    )
+    running.run(_serve(Volunteer(config), with_panel=is_terminal))
+
+
+def _parse_stage(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--stage {text} is not understood", "Give `auto` or a number")
+    return int(text)
+
+
+async def _serve(volunteer: Volunteer, *, with_panel: bool) -> None:
+    asked = running.stop_asked()
+    try:
+        await running.until_asked(asked, volunteer.start())
+        if asked.is_set():
+            return
+        with NodePanel(volunteer, enabled=with_panel) as panel:
+            await running.until_asked(asked, panel.watch())
+        await volunteer.leave()
+    finally:
+        await volunteer.stop()

@@ -1,0 +1,26 @@
+"""Options that several commands share, said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import platformdirs
+import typer
+
+DEFAULT_HOME = Path(platformdirs.user_data_dir("sentinel-node"))
+
+InviteText = Annotated[
+    str, typer.Argument(help="The invite that `sentinel-node bootstrap` printed.", metavar="INVITE")
+]
+Listen = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Multiaddr to listen on, e.g. `/ip4/0.0.0.0/tcp/31337`; may be given several times.",
+        metavar="MADDR",
+    ),
+]
+IdentityFile = Annotated[
+    Path | None, typer.Option(help="Key file of this peer; made if it does not exist.", metavar="FILE")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]

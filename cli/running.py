@@ -1,0 +1,44 @@
+"""Running something asynchronous until it ends, or until Ctrl-C or SIGTERM asks it to."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run on uvloop. Ctrl-C and SIGTERM are for `main` to handle, with `stop_asked`."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+def stop_asked() -> asyncio.Event:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the process at once."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def ask() -> None:
+        asked.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask)
+    return asked
+
+
+async def until_asked(asked: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Wait for `work` to end or for `asked`, whichever comes first. Raises what `work` raised."""
+    working, asking = asyncio.ensure_future(work), asyncio.ensure_future(asked.wait())
+    done, pending = await asyncio.wait({working, asking}, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    if working in done:
+        working.result()

@@ -1,0 +1,123 @@
+"""What a node holds of a microbatch, from its activation's arrival until a grace period after its end.
+
+A sender keeps its output until the gradient is back, so that it can send it to another replica; a receiver keeps
+tensor and receipt a while longer, so that a verifier can ask for them. All of it is in host memory, and bounded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from node.trainer import Pass
+from protocol.identity import PeerId
+from protocol.receipts import MicrobatchId, SignedReceipt
+
+GRACE = 30.0
+"""Seconds for which a finished microbatch's tensors and receipts are kept."""
+
+_EMPTY = memoryview(b"")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor as it came over the wire, and the receipt that its sender signed for it."""
+
+    payload: memoryview = _EMPTY
+    receipt: SignedReceipt | None = None
+    digest: bytes = b""
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A tensor as it goes over the wire, in parts, and the digest of them all."""
+
+    parts: tuple[memoryview, ...]
+    digest: bytes
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.parts))
+
+
+class Phase(Enum):
+    FORWARD = auto()
+    """Waiting for, or in, the forward pass."""
+    UNSENT = auto()
+    """The output is ready; no replica of the next stage takes it yet."""
+    SENT = auto()
+    """With the next stage; the gradient is awaited."""
+    BACKWARD = auto()
+    """Waiting for, or in, the backward pass."""
+    DONE = auto()
+
+
+@dataclass
+class Flight:
+    """One microbatch at this node. `previous` is None on the head."""
+
+    id: MicrobatchId
+    previous: PeerId | None
+    began: float
+    phase: Phase = Phase.FORWARD
+    received: Held = field(default_factory=Held)
+    gradient: Held = field(default_factory=Held)
+    labels: memoryview = _EMPTY
+    output: Outgoing | None = None
+    answer: Outgoing | None = None
+    answer_version: int = 0
+    graph: Pass | None = None
+    version: int = 0
+    next: PeerId | None = None
+    sent_at: float = 0.0
+    queue_at_send: int = 1
+    orphaned: bool = False
+    """The previous hop is gone: whoever sends the same again takes its place."""
+    ended: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes of host memory in payloads, graph excepted."""
+        outgoing = sum(part.size for part in (self.output, self.answer) if part is not None)
+        return len(self.received.payload) + len(self.gradient.payload) + outgoing
+
+    def drop_graph(self) -> None:
+        if self.graph is not None:
+            self.graph.release()
+            self.graph = None
+
+
+class FinishedStore:
+    """Finished microbatches, oldest first, for `GRACE` seconds and at most `max_bytes` of payload."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._flights: OrderedDict[MicrobatchId, Flight] = OrderedDict()
+        self.bytes = 0
+
+    def get(self, microbatch: MicrobatchId) -> Flight | None:
+        return self._flights.get(microbatch)
+
+    def add(self, flight: Flight, now: float) -> None:
+        self.remove(flight.id)
+        flight.ended = now
+        self._flights[flight.id] = flight
+        self.bytes += flight.size
+        self.prune(now)
+
+    def remove(self, microbatch: MicrobatchId) -> Flight | None:
+        flight = self._flights.pop(microbatch, None)
+        if flight is not None:
+            self.bytes -= flight.size
+        return flight
+
+    def prune(self, now: float) -> None:
+        while self._flights:
+            oldest = next(iter(self._flights.values()))
+            if self.bytes <= self._max_bytes and now - oldest.ended <= GRACE:
+                return
+            self.remove(oldest.id)
+
+    def __len__(self) -> int:
+        return len(self._flights)

@@ -1,0 +1,133 @@
+"""What the compute thread does with a microbatch: check the bytes, compute, and make the bytes that go on.
+
+Everything here runs on the compute thread, so the slots counted and the gradients summed always agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from node.data import Corpus
+from node.flights import Held, Outgoing
+from node.trainer import Pass, StageTrainer
+from protocol.codec import TensorHeader, bytes_of, decode_tensor, digest, encode_tensor
+from protocol.errors import ProtocolError, Reason
+from protocol.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """A forward pass: its graph, the output as it goes out, and the labels that go with it."""
+
+    graph: Pass
+    output: Outgoing
+    labels: memoryview
+    input_digest: bytes
+
+
+@dataclass(frozen=True)
+class Returned:
+    """A backward pass: the gradient as it goes back (None on the head), and the tail's loss in nats a token."""
+
+    answer: Outgoing | None
+    version: int
+    loss: float | None = None
+
+
+class StagePasses:
+    """Around one `StageTrainer`. Shapes: tensors (sequences, context, width), labels (sequences, context)."""
+
+    def __init__(
+        self, manifest: Manifest, trainer: StageTrainer, corpus: Corpus | None, device: torch.device
+    ) -> None:
+        self._manifest, self._corpus, self._device = manifest, corpus, device
+        self.trainer = trainer
+        batch = manifest.batch
+        self.header = TensorHeader(manifest.wire, (batch.sequences, batch.context, manifest.model.width))
+        self.labels_size = batch.sequences * batch.context * 4
+        self.slots: list[int] = []
+        """Whose gradients the accumulator holds."""
+
+    @property
+    def payload_size(self) -> int:
+        """Bytes of an activation's payload: the tensor and the labels."""
+        return self.header.size + self.labels_size
+
+    def inject(self, slot: int) -> Forwarded | Returned:
+        """Draw a slot's samples and take them through the first stage; if it is the last too, all the way."""
+        assert self._corpus is not None
+        tokens = self._corpus.draw(slot)
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if self.trainer.module.is_last:
+            return self._tail(inputs, labels, slot, covered=False)
+        own = bytes_of(labels.to(torch.int32))
+        return self._forward(inputs, own, digest(bytes_of(inputs.to(torch.int32))))
+
+    def forward(self, received: Held) -> Forwarded:
+        """Raises `ProtocolError` (wrong_digest or not_finite) for a payload that is not what its receipt says."""
+        x = self._read(received)
+        return self._forward(x, received.payload[self.header.size :], received.digest)
+
+    def tail(self, received: Held, slot: int, *, covered: bool) -> Returned:
+        """Forward, loss and backward on the last stage. `covered`: another replica has this slot's gradient."""
+        x = self._read(received)
+        labels = torch.frombuffer(received.payload[self.header.size :], dtype=torch.int32)
+        if int(labels.min()) < 0 or int(labels.max()) >= self._manifest.model.vocabulary:
+            raise ProtocolError(Reason.MALFORMED, "labels outside the vocabulary")
+        return self._tail(x, labels.view(self.header.shape[:2]).long(), slot, covered=covered)
+
+    def backward(self, graph: Pass, received: Held, slot: int, *, covered: bool) -> Returned:
+        """Raises `ProtocolError` (stale) if the weights have moved on too far since the forward pass."""
+        gradient = self._read(received)
+        version = self.trainer.version
+        if version - graph.version > 1:
+            raise ProtocolError(Reason.STALE, f"version {graph.version} at {version}")
+        accumulate = not covered and self._counts(slot, graph.version)
+        result = self.trainer.backward(graph, gradient, accumulate=accumulate)
+        if accumulate:
+            self.slots.append(slot)
+        return Returned(None if result is None else self._outgoing(result), graph.version)
+
+    def take_gradient(self) -> tuple[Tensor, list[int]]:
+        """The flat gradient sum and the slots in it; the accumulator starts anew."""
+        gradient, count = self.trainer.take_gradient()
+        slots, self.slots = self.slots, []
+        assert count == len(slots)
+        return gradient, slots
+
+    def _tail(self, x: Tensor, labels: Tensor, slot: int, *, covered: bool) -> Returned:
+        version = self.trainer.version
+        accumulate = not covered and self._counts(slot, version)
+        try:
+            loss, gradient = self.trainer.loss_backward(x, labels, accumulate=accumulate)
+        except ValueError as error:
+            raise ProtocolError(Reason.NOT_FINITE, str(error)) from None
+        if accumulate:
+            self.slots.append(slot)
+        return Returned(None if gradient is None else self._outgoing(gradient), version, loss)
+
+    def _forward(self, x: Tensor, labels: memoryview, input_digest: bytes) -> Forwarded:
+        graph = self.trainer.forward(x)
+        return Forwarded(graph, self._outgoing(graph.output, labels), labels, input_digest)
+
+    def _counts(self, slot: int, version: int) -> bool:
+        """Whether a gradient made with `version` of the weights may still be used for this slot."""
+        if self._manifest.schedule.kind == "synchronous":
+            return slot // self._manifest.batch.microbatches == version == self.trainer.version
+        return self.trainer.version - version <= 1
+
+    def _read(self, received: Held) -> Tensor:
+        if digest(received.payload) != received.digest:
+            raise ProtocolError(Reason.WRONG_DIGEST)
+        x = decode_tensor(received.payload[: self.header.size], self.header, self._device)
+        # One pass without a mask in memory: the sum is finite only if every element is.
+        if not bool(torch.isfinite(x.sum())):
+            raise ProtocolError(Reason.NOT_FINITE)
+        return x
+
+    def _outgoing(self, tensor: Tensor, *more: memoryview) -> Outgoing:
+        parts = (encode_tensor(tensor, self.header.codec), *more)
+        return Outgoing(parts, digest(*parts))

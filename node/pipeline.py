@@ -1,0 +1,504 @@
+"""The data path of one node: activations in from the stage before, out to the stage after; gradients back.
+
+Each sender chooses the next hop itself and holds its output until the gradient is back. A dead or refusing hop
+means another replica; a microbatch whose way back is lost is dropped and counted. Nothing waits without end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import structlog
+
+from node.compute import ComputeThread, Urgency
+from node.flights import FinishedStore, Flight, Held, Outgoing, Phase
+from node.passes import Forwarded, Returned, StagePasses
+from node.progress import StageProgress
+from node.routing import Router
+from protocol import receipts, wire
+from protocol.errors import ProtocolError, Reason
+from protocol.identity import Identity, PeerId
+from protocol.links import Link, Switchboard
+from protocol.manifest import Manifest
+from protocol.messages import Activation, Credit, Gradient, Refusal
+from protocol.receipts import Direction, MicrobatchId, Receipt, SignedReceipt
+
+log = structlog.get_logger("pipeline")
+
+FLIGHT_TIMEOUT = 60.0
+"""Seconds after which a microbatch that was sent on and did not come back is given up."""
+COOL_DOWN = 1.0
+_MAX_EARLY_ROUNDS = 2
+_RETRIABLE = frozenset({Reason.BUSY, Reason.LEAVING, Reason.NOT_READY, Reason.TOO_EARLY, Reason.OVER_CREDIT})
+
+
+@dataclass
+class _Upstream:
+    """`unused`: activations that this sender may still send; `held`: those of its that are not finished here."""
+
+    unused: int = 0
+    held: int = 0
+
+
+class Pipeline:
+    """Moves microbatches through one stage. Runs on the event loop; computing is the compute thread's.
+
+    `on_change` is called whenever something ended or room appeared.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stage: int,
+        identity: Identity,
+        switchboard: Switchboard,
+        compute: ComputeThread,
+        passes: StagePasses,
+        progress: StageProgress,
+        on_change: Callable[[], None],
+        *,
+        capacity: int,
+        hold_bytes: int,
+    ) -> None:
+        self._manifest, self._stage, self._identity = manifest, stage, identity
+        self._switchboard, self._compute, self._passes, self._progress = (
+            switchboard,
+            compute,
+            passes,
+            progress,
+        )
+        self._on_change = on_change
+        self._router = Router()
+        self._upstream: dict[PeerId, _Upstream] = {}
+        self._credit: dict[PeerId, int] = {}
+        self._cooling: dict[PeerId, float] = {}
+        self._unsent: deque[Flight] = deque()
+        self._early: list[Flight] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.capacity = capacity
+        self.flights: dict[MicrobatchId, Flight] = {}
+        self.finished = FinishedStore(hold_bytes)
+        self.counts: Counter[str] = Counter()
+        self.losses: dict[int, float] = {}
+        self.lost_slots: deque[MicrobatchId] = deque()
+        """Own microbatches (on a head) that were lost and may be injected again."""
+        self.is_accepting = True
+
+    # --- links ---
+
+    def on_link_up(self, link: Link) -> None:
+        if link.stage == self._stage - 1:
+            self._upstream[link.peer] = _Upstream()
+            self._grant()
+        self._pump()
+
+    def on_link_down(self, link: Link) -> None:
+        peer = link.peer
+        self._upstream.pop(peer, None)
+        self._credit.pop(peer, None)
+        self._router.forget(peer)
+        for flight in tuple(self.flights.values()):
+            if flight.previous == peer:
+                flight.orphaned = True
+            if flight.next == peer and flight.phase is Phase.SENT:
+                self._reroute(flight, Reason.UNREACHABLE)
+        self._grant()
+        self._pump()
+
+    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+        """Raises `ProtocolError` for what no honest peer sends; anything else that is unusable is refused here."""
+        if isinstance(message, Activation):
+            self._take_activation(link, message, payload)
+        elif isinstance(message, Gradient):
+            self._take_gradient(link, message, payload)
+        elif isinstance(message, Credit):
+            self._take_credit(link, message)
+        elif isinstance(message, Refusal):
+            self._take_refusal(link, message)
+
+    # --- credit ---
+
+    def _grant(self) -> None:
+        """Share our capacity evenly among the senders; each gets at least one."""
+        if not self._upstream:
+            return
+        window = max(1, self.capacity // len(self._upstream))
+        total = sum(one.unused + one.held for one in self._upstream.values())
+        for peer, one in self._upstream.items():
+            outstanding = one.unused + one.held
+            amount = min(window - outstanding, max(self.capacity - total, 1 - outstanding))
+            link = self._switchboard.links.get(peer)
+            if amount > 0 and link is not None and link.is_up:
+                one.unused += amount
+                total += amount
+                self._send(link, Credit(min(amount, 1024)))
+
+    def _take_credit(self, link: Link, credit: Credit) -> None:
+        if link.stage != self._stage + 1:
+            raise ProtocolError(Reason.WRONG_STAGE, f"credit from stage {link.stage}")
+        self._credit[link.peer] = min(self._credit.get(link.peer, 0) + credit.amount, 4096)
+        self._pump()
+
+    # --- activations ---
+
+    def _take_activation(self, link: Link, message: Activation, payload: memoryview) -> None:
+        """The checks, in order. REJECT: credit, direction, tensor header, payload size, receipt. Then IGNORE with a
+        typed refusal: replayed, leaving, too early."""
+        upstream = self._upstream.get(link.peer)
+        if upstream is None or upstream.unused < 1:
+            raise ProtocolError(Reason.OVER_CREDIT)
+        self._check_tensor(link, message, payload, Direction.ACTIVATION, self._stage - 1)
+        upstream.unused -= 1
+        upstream.held += 1
+        receipt = message.receipt.receipt
+        try:
+            known = self._check_new(link.peer, receipt)
+            if not self.is_accepting:
+                raise ProtocolError(Reason.LEAVING)
+            size = self._manifest.batch.microbatches
+            if receipt.microbatch.slot // size > self._passes.trainer.version + _MAX_EARLY_ROUNDS:
+                raise ProtocolError(Reason.TOO_EARLY, str(receipt.microbatch))
+        except ProtocolError as error:
+            self._refuse(link.peer, receipt.microbatch, Direction.ACTIVATION, error)
+            return
+        held = Held(payload, message.receipt, receipt.output)
+        if known is not None:
+            self._adopt(known, link.peer, held)
+            return
+        self.finished.remove(receipt.microbatch)
+        flight = Flight(receipt.microbatch, link.peer, monotonic(), received=held)
+        self.flights[flight.id] = flight
+        self._start(flight)
+
+    def _check_tensor(
+        self,
+        link: Link,
+        message: Activation | Gradient,
+        payload: memoryview,
+        direction: Direction,
+        stage: int,
+    ) -> None:
+        passes = self._passes
+        if message.receipt.receipt.direction is not direction:
+            raise ProtocolError(Reason.MALFORMED, "receipt of the other direction")
+        if message.tensor.codec != passes.header.codec:
+            raise ProtocolError(Reason.WRONG_DTYPE, message.tensor.codec)
+        if message.tensor.shape != passes.header.shape:
+            raise ProtocolError(Reason.WRONG_SHAPE, str(message.tensor.shape))
+        expected = passes.payload_size if direction is Direction.ACTIVATION else passes.header.size
+        if len(payload) != expected:
+            raise ProtocolError(Reason.MALFORMED, f"{len(payload)} bytes of payload")
+        receipts.check_hop(
+            message.receipt,
+            run=self._switchboard.run,
+            sender=link.peer,
+            recipient=self._identity.peer_id,
+            stage=stage,
+        )
+
+    def _check_new(self, sender: PeerId, receipt: Receipt) -> Flight | None:
+        """The flight or finished microbatch that this activation continues after its sender took another's place.
+
+        Raises `ProtocolError` (replayed) if this sender, or another that is still there, sent the same before.
+        """
+        known = self.flights.get(receipt.microbatch) or self.finished.get(receipt.microbatch)
+        if known is None:
+            return None
+        if known.previous == sender and not known.orphaned:
+            raise ProtocolError(Reason.REPLAYED, str(receipt.microbatch))
+        if known.received.digest == receipt.output:
+            return known
+        if known.phase is not Phase.DONE:
+            raise ProtocolError(Reason.REPLAYED, f"{receipt.microbatch} with another content")
+        return None
+
+    def _adopt(self, flight: Flight, sender: PeerId, held: Held) -> None:
+        """The same activation over another way: our work stands, and the gradient goes to the new sender."""
+        before, flight.previous = flight.previous, sender
+        flight.received, flight.orphaned = held, False
+        self.counts["adopted"] += 1
+        if flight.phase is Phase.DONE:
+            self._answer(flight)
+            self._release(sender)
+        else:
+            self._release(before)
+
+    def inject(self, microbatch: MicrobatchId) -> None:
+        """On a head: start one of our own microbatches."""
+        flight = Flight(microbatch, None, monotonic())
+        self.flights[microbatch] = flight
+        self._spawn(self._compute_forward(flight))
+
+    def on_version(self) -> None:
+        """The weights moved on: start what came early."""
+        early, self._early = self._early, []
+        for flight in early:
+            self._start(flight)
+        oldest = (self._passes.trainer.version - 4) * self._manifest.batch.microbatches
+        self.losses = {slot: loss for slot, loss in self.losses.items() if slot >= oldest}
+
+    def _start(self, flight: Flight) -> None:
+        version = self._passes.trainer.version
+        is_synchronous = self._manifest.schedule.kind == "synchronous"
+        if is_synchronous and flight.id.slot // self._manifest.batch.microbatches > version:
+            self._early.append(flight)
+        else:
+            self._spawn(self._compute_forward(flight))
+
+    async def _compute_forward(self, flight: Flight) -> None:
+        passes, slot = self._passes, flight.id.slot
+        try:
+            result: Forwarded | Returned
+            if flight.previous is None:
+                result = await self._compute.run(Urgency.INJECT, passes.inject, slot)
+            elif self._stage == self._manifest.stages.count - 1:
+                covered = slot in self._progress.covered()
+                result = await self._compute.run(
+                    Urgency.BACKWARD, lambda: passes.tail(flight.received, slot, covered=covered)
+                )
+            else:
+                result = await self._compute.run(Urgency.FORWARD, passes.forward, flight.received)
+        except ProtocolError as error:
+            self._fail(flight, error)
+            return
+        if flight.phase is Phase.DONE:  # Given up meanwhile.
+            return
+        if isinstance(result, Returned):
+            self._finish(flight, result)
+            return
+        flight.graph, flight.output, flight.labels = result.graph, result.output, result.labels
+        flight.version = result.graph.version
+        if flight.previous is None:
+            flight.received = Held(digest=result.input_digest)
+        flight.phase = Phase.UNSENT
+        self._unsent.append(flight)
+        self._pump()
+
+    # --- the next hop ---
+
+    def next_hops(self) -> list[PeerId]:
+        """Replicas of the next stage that we have a link to."""
+        return [
+            peer
+            for peer, link in self._switchboard.links.items()
+            if link.is_up and link.stage == self._stage + 1
+        ]
+
+    def _pump(self) -> None:
+        """Send what waits, as far as the next stage's credit goes."""
+        now = monotonic()
+        while self._unsent:
+            if self._unsent[0].phase is not Phase.UNSENT:
+                self._unsent.popleft()
+                continue
+            ready = [
+                peer
+                for peer in self.next_hops()
+                if self._credit.get(peer, 0) > 0 and self._cooling.get(peer, 0.0) <= now
+            ]
+            chosen = self._router.choose(ready)
+            if chosen is None:
+                return
+            self._send_on(self._unsent.popleft(), chosen)
+        self._on_change()
+
+    def _send_on(self, flight: Flight, peer: PeerId) -> None:
+        output = flight.output
+        assert output is not None
+        receipt = self._sign(
+            flight, Direction.ACTIVATION, flight.version, flight.received.digest, output, peer
+        )
+        self._credit[peer] -= 1
+        flight.phase, flight.next, flight.sent_at = Phase.SENT, peer, monotonic()
+        flight.queue_at_send = 1 + sum(1 for one in self.flights.values() if one.next == peer)
+        link = self._switchboard.links[peer]
+        if not self._send(link, Activation(receipt, self._passes.header), *output.parts):
+            self._reroute(flight, Reason.UNREACHABLE)
+
+    def _sign(
+        self,
+        flight: Flight,
+        direction: Direction,
+        version: int,
+        got: bytes,
+        sent: Outgoing,
+        recipient: PeerId,
+    ) -> SignedReceipt:
+        receipt = Receipt(
+            run=self._switchboard.run,
+            microbatch=flight.id,
+            direction=direction,
+            stage=self._stage,
+            version=version,
+            input=got,
+            output=sent.digest,
+            sender=self._identity.peer_id,
+            recipient=recipient,
+        )
+        return SignedReceipt.sign(receipt, self._identity)
+
+    def _reroute(self, flight: Flight, reason: Reason) -> None:
+        """We still hold the output: back to the head of the queue, for another replica."""
+        log.info("rerouted", microbatch=str(flight.id), away_from=flight.next, reason=reason.value)
+        self.counts["rerouted"] += 1
+        flight.phase, flight.next = Phase.UNSENT, None
+        self._unsent.appendleft(flight)
+
+    # --- gradients ---
+
+    def _take_gradient(self, link: Link, message: Gradient, payload: memoryview) -> None:
+        """The checks, in order. REJECT: direction, tensor header, payload size, receipt. Then IGNORE: unsolicited."""
+        self._check_tensor(link, message, payload, Direction.GRADIENT, self._stage + 1)
+        receipt = message.receipt.receipt
+        flight = self.flights.get(receipt.microbatch)
+        if flight is None or flight.phase is not Phase.SENT or flight.next != link.peer:
+            self._switchboard.refusals.count(
+                link.peer, ProtocolError(Reason.UNSOLICITED, str(receipt.microbatch))
+            )
+            return
+        flight.phase = Phase.BACKWARD
+        flight.gradient = Held(payload, message.receipt, receipt.output)
+        self._router.measure(link.peer, (monotonic() - flight.sent_at) / flight.queue_at_send)
+        self._spawn(self._compute_backward(flight))
+
+    async def _compute_backward(self, flight: Flight) -> None:
+        graph, gradient, slot = flight.graph, flight.gradient, flight.id.slot
+        assert graph is not None
+        covered = slot in self._progress.covered()
+        try:
+            result = await self._compute.run(
+                Urgency.BACKWARD, lambda: self._passes.backward(graph, gradient, slot, covered=covered)
+            )
+        except ProtocolError as error:
+            self._fail(flight, error, culprit=flight.next)
+            return
+        if flight.phase is not Phase.DONE:
+            self._finish(flight, result)
+
+    def _finish(self, flight: Flight, result: Returned) -> None:
+        """The stage's work on this microbatch is done: answer, keep the evidence, free the rest."""
+        self.counts["microbatches"] += 1
+        if result.loss is not None:
+            self.losses[flight.id.slot] = result.loss
+        flight.answer, flight.answer_version = result.answer, result.version
+        self._end(flight)
+        self._answer(flight)
+
+    def _answer(self, flight: Flight) -> None:
+        """Send the gradient to the previous hop, if it is still there; else it is kept for who takes its place."""
+        if flight.previous is None or flight.answer is None:
+            return
+        # On the tail a gradient answers the activation itself.
+        got = flight.gradient.digest or flight.received.digest
+        link = self._switchboard.links.get(flight.previous)
+        receipt = self._sign(
+            flight, Direction.GRADIENT, flight.answer_version, got, flight.answer, flight.previous
+        )
+        if link is None or not self._send(link, Gradient(receipt, self._passes.header), *flight.answer.parts):
+            flight.orphaned = True
+
+    # --- endings ---
+
+    def _end(self, flight: Flight) -> None:
+        flight.phase = Phase.DONE
+        flight.drop_graph()
+        self.flights.pop(flight.id, None)
+        self.finished.add(flight, monotonic())
+        self._release(flight.previous)
+        self._on_change()
+
+    def _release(self, sender: PeerId | None) -> None:
+        if sender is not None and (upstream := self._upstream.get(sender)):
+            upstream.held = max(0, upstream.held - 1)
+        self._grant()
+
+    def _refuse(
+        self, peer: PeerId, microbatch: MicrobatchId, direction: Direction, error: ProtocolError
+    ) -> None:
+        """Count, tell the sender, and give its credit back."""
+        self._switchboard.refusals.count(peer, error)
+        if link := self._switchboard.links.get(peer):
+            self._send(link, Refusal(microbatch, direction, error.reason))
+        if direction is Direction.ACTIVATION:
+            self._release(peer)
+
+    def _fail(self, flight: Flight, error: ProtocolError, culprit: PeerId | None = None) -> None:
+        """A microbatch cannot be used. A digest that contradicts its receipt is the sender's doing: REJECT."""
+        culprit = culprit or flight.previous
+        if culprit is not None:
+            self._switchboard.refusals.count(culprit, error)
+        self._lose(flight, error.reason)
+        if error.reason in (Reason.WRONG_DIGEST, Reason.MALFORMED) and culprit is not None:
+            self._switchboard.reject(culprit, error)
+
+    def _lose(self, flight: Flight, reason: Reason) -> None:
+        """Give a microbatch up, here and upstream."""
+        if flight.phase is Phase.DONE:
+            return
+        log.info("lost", microbatch=str(flight.id), reason=reason.value, phase=flight.phase.name)
+        self.counts["lost"] += 1
+        flight.phase = Phase.DONE
+        flight.drop_graph()
+        self.flights.pop(flight.id, None)
+        if flight.previous is None:
+            self.lost_slots.append(flight.id)
+        elif link := self._switchboard.links.get(flight.previous):
+            self._send(link, Refusal(flight.id, Direction.ACTIVATION, reason))
+        self._release(flight.previous)
+        self._on_change()
+
+    def _take_refusal(self, link: Link, refusal: Refusal) -> None:
+        flight = self.flights.get(refusal.microbatch)
+        if refusal.direction is Direction.GRADIENT or flight is None or flight.next != link.peer:
+            return
+        if flight.phase is not Phase.SENT:
+            return
+        if refusal.reason in _RETRIABLE:
+            self._cooling[link.peer] = monotonic() + COOL_DOWN
+            self._reroute(flight, refusal.reason)
+            self._pump()
+        else:
+            self._lose(flight, Reason.ABANDONED)
+
+    def check_timeouts(self) -> None:
+        """Called about once a second: give up what does not come back, and forget what is old."""
+        now = monotonic()
+        self.finished.prune(now)
+        self._cooling = {peer: until for peer, until in self._cooling.items() if until > now}
+        for flight in tuple(self.flights.values()):
+            if flight.phase is Phase.SENT and now - flight.sent_at > FLIGHT_TIMEOUT:
+                self._lose(flight, Reason.TIMED_OUT)
+        self._pump()
+
+    def hand_back(self) -> None:
+        """On leaving: what is not finished goes back to its sender, who has it still."""
+        for flight in tuple(self.flights.values()):
+            self._lose(flight, Reason.LEAVING)
+
+    async def stop(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _send(self, link: Link, message: wire.Message, *payload: memoryview) -> bool:
+        try:
+            link.send(message, *payload)
+        except ProtocolError:
+            return False
+        return True
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a microbatch failed", exc_info=error)
+            self._switchboard.refusals.counts[Reason.INTERNAL] += 1

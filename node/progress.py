@@ -1,0 +1,132 @@
+"""Who has done what in a stage's round, and what follows from it. Pure: reports in, decisions out.
+
+Slots number the run's microbatches; round r consists of the slots r*M up to (r+1)*M. In the synchronous schedule
+a stage's round ends when its live replicas have, between them, all slots of the round; in the overlapped one when
+they have M gradients, of whatever slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from protocol.directory import PeerState
+from protocol.identity import PeerId
+from protocol.manifest import Manifest
+from protocol.reports import Progress
+
+LIVE_FOR = 6.0
+"""Seconds for which a replica's last report counts."""
+_MAX_REPLICAS = 512
+_SETTLED_ROUNDS = 3
+_WORKING = (PeerState.SERVING, PeerState.WAITING, PeerState.LEAVING, PeerState.FINISHED)
+
+
+@dataclass
+class _Heard:
+    progress: Progress
+    at: float
+
+
+@dataclass
+class StageProgress:
+    """What is known of a stage's replicas, ourselves included, from their latest reports."""
+
+    manifest: Manifest
+    _heard: dict[PeerId, _Heard] = field(default_factory=dict)
+
+    def hear(self, peer: PeerId, progress: Progress, now: float) -> None:
+        if peer in self._heard or len(self._heard) < _MAX_REPLICAS:
+            self._heard[peer] = _Heard(progress, now)
+
+    def forget(self, peer: PeerId) -> None:
+        self._heard.pop(peer, None)
+
+    def prune(self, now: float) -> None:
+        for peer in [peer for peer, heard in self._heard.items() if now - heard.at > LIVE_FOR]:
+            del self._heard[peer]
+
+    def replicas(self) -> dict[PeerId, Progress]:
+        """The latest reports of replicas that hold the stage's state."""
+        return {
+            peer: heard.progress for peer, heard in self._heard.items() if heard.progress.state in _WORKING
+        }
+
+    def members(self, version: int) -> list[PeerId]:
+        """Who is in round `version`, in the order in which they would lead it.
+
+        The order differs from round to round, and nobody can choose it but by making another identity.
+        """
+        peers = [peer for peer, progress in self.replicas().items() if progress.version == version]
+        return sorted(peers, key=lambda peer: blake2b(f"{version}/{peer}".encode(), digest_size=8).digest())
+
+    def newest(self) -> int:
+        """The highest version that any replica holds; -1 without replicas."""
+        return max((progress.version for progress in self.replicas().values()), default=-1)
+
+    def covered(self) -> set[int]:
+        """Slots whose gradients some live replica has accumulated, or that are averaged in already."""
+        return {
+            slot
+            for progress in self.replicas().values()
+            for slots in (progress.slots, progress.settled)
+            for slot in slots
+        }
+
+    def round_slots(self, version: int) -> list[int]:
+        """What the members of a round have accumulated for it, duplicates kept."""
+        return [slot for peer in self.members(version) for slot in self._heard[peer].progress.slots]
+
+    def is_round_full(self, version: int) -> bool:
+        """Whether the members of round `version` have reached the run's batch."""
+        size = self.manifest.batch.microbatches
+        if self.manifest.schedule.kind == "synchronous":
+            return covers_round(self.covered(), version, size)
+        return len(self.round_slots(version)) >= size
+
+    def agreed_digest(self, version: int) -> bytes | None:
+        """The state digest of the majority at `version`; of equals the least. None without replicas there."""
+        votes: dict[bytes, int] = {}
+        for progress in self.replicas().values():
+            if progress.version == version:
+                votes[progress.digest] = votes.get(progress.digest, 0) + 1
+        return min(votes, key=lambda digest: (-votes[digest], digest)) if votes else None
+
+
+def covers_round(slots: Iterable[int], version: int, size: int) -> bool:
+    return set(range(version * size, (version + 1) * size)) <= set(slots)
+
+
+def last_round_open(manifest: Manifest, version: int) -> int:
+    """The last round whose slots a head at `version` may inject: its own, or one ahead in the overlapped schedule."""
+    ahead = 0 if manifest.schedule.kind == "synchronous" else 1
+    return min(version + ahead, manifest.schedule.rounds - 1)
+
+
+def next_slot(heads: StageProgress, own: PeerId, version: int, taken: set[int]) -> int | None:
+    """The slot that head `own` should inject next, or None if there is none for it now.
+
+    Live heads share the uncovered slots of the open rounds by rank, so a dead head's slots pass to the others.
+    `taken`: slots that `own` itself has in flight or done.
+    """
+    manifest = heads.manifest
+    size = manifest.batch.microbatches
+    replicas = heads.replicas()
+    ranks = sorted({*(peer for peer, progress in replicas.items() if is_injecting(progress)), own})
+    others = {slot for peer, progress in replicas.items() if peer != own for slot in progress.in_flight}
+    busy = heads.covered() | others | taken
+    rank, count = ranks.index(own), len(ranks)
+    for slot in range(version * size, (last_round_open(manifest, version) + 1) * size):
+        if slot % count == rank and slot not in busy:
+            return slot
+    return None
+
+
+def is_injecting(progress: Progress) -> bool:
+    return progress.state in (PeerState.SERVING, PeerState.WAITING)
+
+
+def still_settled(settled: set[int], version: int, size: int) -> set[int]:
+    """The part of `settled` that anyone may still ask about at `version`."""
+    return {slot for slot in settled if slot >= (version - _SETTLED_ROUNDS) * size}

@@ -1,0 +1,376 @@
+"""Stage rounds: replicas of a stage agree on a roster, average their gradients and step to the next version.
+
+There is no global step and no fixed leader: of the replicas in a round, the first in an order that changes with the
+round proposes the roster. Whoever cannot complete a round asks for the state of who did, or tries again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+import structlog
+from torch import Tensor
+
+from node.averaging import AVERAGING_TIMEOUT, Averaging
+from node.compute import ComputeThread, Urgency
+from node.passes import StagePasses
+from node.progress import StageProgress, still_settled
+from node.transfer import CHUNK_BYTES, FetchedState, fetch_state
+from protocol import wire
+from protocol.directory import PeerState
+from protocol.errors import ProtocolError, Reason
+from protocol.identity import PeerId
+from protocol.links import Answer, Link, Switchboard
+from protocol.manifest import Manifest
+from protocol.reports import MAX_SLOTS, Progress
+from protocol.requests import (
+    ROUND_COMMIT,
+    ROUND_OPEN,
+    ROUND_PART,
+    Member,
+    RoundCommit,
+    RoundHolding,
+    RoundOpen,
+    RoundPart,
+)
+
+log = structlog.get_logger("rounds")
+
+_OPEN_TIMEOUT = 5.0
+_COMMIT_WAIT = 5.0
+_RETRY_AFTER = 0.5
+_PATIENCE = 2.0
+"""Seconds for which a stage that lags behind the heads still waits for gradients under way to it."""
+_TICK = 0.25
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """What we bring to the round that is being closed. Later gradients belong to the next one."""
+
+    gradient: Tensor
+    slots: tuple[int, ...]
+
+
+class StageRounds:
+    """The rounds of one stage at one replica. `on_version` is called after every change of weights."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stage: int,
+        switchboard: Switchboard,
+        compute: ComputeThread,
+        passes: StagePasses,
+        replicas: StageProgress,
+        heads: StageProgress,
+        on_version: Callable[[], None],
+    ) -> None:
+        self._manifest, self._stage, self._switchboard = manifest, stage, switchboard
+        self._compute, self._passes = compute, passes
+        self._replicas, self._heads, self._on_version = replicas, heads, on_version
+        self._own = switchboard.host.peer_id
+        self._frozen: _Frozen | None = None
+        self._freezing = asyncio.Lock()
+        self._opened: tuple[PeerId, int] | None = None
+        self._attempt = 0
+        self._committed = asyncio.Event()
+        self._averagings: dict[tuple[int, int], Averaging] = {}
+        self._running: asyncio.Task[None] | None = None
+        self._lagging_since: float | None = None
+        self._stepped_at = monotonic()
+        self.settled: set[int] = set()
+        self.digest = b"\0" * 32
+        self.news = asyncio.Event()
+        """Set by whoever learns something that may end a round."""
+        switchboard.methods[ROUND_OPEN] = self._on_open
+        switchboard.methods[ROUND_COMMIT] = self._on_commit
+        switchboard.methods[ROUND_PART] = self._on_part
+
+    @property
+    def version(self) -> int:
+        return self._passes.trainer.version
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has had all its rounds."""
+        return self.version >= self._manifest.schedule.rounds
+
+    def slots(self) -> tuple[int, ...]:
+        """Slots whose gradients we hold, for this round or already for the next."""
+        frozen = self._frozen.slots if self._frozen else ()
+        return (*frozen, *self._passes.slots)
+
+    def progress(self, state: PeerState, in_flight: tuple[int, ...]) -> Progress:
+        limited = tuple(sorted(self.settled))[-MAX_SLOTS:]
+        return Progress(self._stage, self.version, self.digest, state, self.slots(), in_flight, limited)
+
+    async def start(self) -> None:
+        await self._compute.run(Urgency.ROUND, self._refresh_digest)
+
+    async def run(self) -> None:
+        """Lead, follow and catch up until cancelled."""
+        while True:
+            self.news.clear()
+            try:
+                await self._advance()
+            except ProtocolError as error:
+                log.warning("round not closed", version=self.version, reason=str(error))
+                await asyncio.sleep(_RETRY_AFTER)
+            try:
+                async with asyncio.timeout(_TICK):
+                    await self.news.wait()
+            except TimeoutError:
+                continue
+
+    async def _advance(self) -> None:
+        self._replicas.prune(monotonic())
+        self._heads.prune(monotonic())
+        if self._running is not None:
+            return
+        version = self.version
+        if self._replicas.newest() > version or self._disagrees(version):
+            await self.resync()
+        elif not self.is_over and self._should_close(version) and self._leads(version):
+            await self._lead(version)
+
+    def _disagrees(self, version: int) -> bool:
+        settled_down = monotonic() - self._stepped_at > _PATIENCE
+        agreed = self._replicas.agreed_digest(version)
+        return settled_down and agreed is not None and agreed != self.digest
+
+    def _leads(self, version: int) -> bool:
+        members = self._replicas.members(version)
+        return bool(members) and members[0] == self._own
+
+    def _should_close(self, version: int) -> bool:
+        """The round is full; or the heads are past it, and what was under way to us has had time to arrive."""
+        if self._replicas.is_round_full(version):
+            return True
+        if self._stage == 0:
+            return False
+        rounds = self._manifest.schedule.rounds
+        ahead = 1 if self._manifest.schedule.kind == "synchronous" else 2
+        heads = self._heads.newest()
+        if heads < min(version + ahead, rounds):
+            self._lagging_since = None
+            return False
+        self._lagging_since = self._lagging_since or monotonic()
+        return monotonic() - self._lagging_since > _PATIENCE
+
+    # --- leading ---
+
+    async def _lead(self, version: int) -> None:
+        self._attempt += 1
+        attempt = self._attempt
+        holdings = {self._own: await self._freeze(version)}
+        others = [peer for peer in self._replicas.members(version) if peer != self._own]
+        answers = await asyncio.gather(
+            *(self._ask_to_open(peer, version, attempt) for peer in others), return_exceptions=True
+        )
+        for peer, answer in zip(others, answers, strict=True):
+            if isinstance(answer, RoundHolding):
+                holdings[peer] = answer
+            elif isinstance(answer, ProtocolError):
+                if answer.reason is Reason.STALE:
+                    return  # Someone is past this round: catch up instead.
+                log.warning("round goes on without a replica", version=version, peer=peer, reason=str(answer))
+            elif isinstance(answer, BaseException):
+                raise answer
+        roster = tuple(Member(peer, holdings[peer].count) for peer in sorted(holdings))
+        settled = {slot for holding in holdings.values() for slot in holding.slots}
+        commit = RoundCommit(version, attempt, roster, tuple(sorted(settled)))
+        self._begin(commit)
+        invited = (peer for peer in holdings if peer != self._own)
+        await asyncio.gather(*(self._send_commit(peer, commit) for peer in invited), return_exceptions=True)
+
+    async def _ask_to_open(self, peer: PeerId, version: int, attempt: int) -> RoundHolding:
+        link = await self._switchboard.connect(peer)
+        body, _ = await link.request(ROUND_OPEN, RoundOpen(version, attempt), timeout=_OPEN_TIMEOUT)
+        return wire.decode(RoundHolding, body)
+
+    async def _send_commit(self, peer: PeerId, commit: RoundCommit) -> None:
+        link = await self._switchboard.connect(peer)
+        await link.request(ROUND_COMMIT, commit, timeout=_OPEN_TIMEOUT)
+
+    async def _freeze(self, version: int) -> RoundHolding:
+        """What we bring to this round. At a later attempt, what came in the meantime is brought too."""
+        async with self._freezing:
+            gradient, slots = await self._compute.run(Urgency.ROUND, self._passes.take_gradient)
+            if self.version != version:
+                raise ProtocolError(Reason.STALE, f"round {version} at {self.version}")
+            if self._frozen is not None:
+                gradient += self._frozen.gradient
+                slots = [*self._frozen.slots, *slots]
+            self._frozen = _Frozen(gradient, tuple(slots))
+            return RoundHolding(len(slots), tuple(slots))
+
+    # --- following ---
+
+    def _check_member(self, link: Link, version: int) -> None:
+        if link.stage != self._stage:
+            raise ProtocolError(Reason.WRONG_STAGE, str(link.stage))
+        if version != self.version:
+            raise ProtocolError(
+                Reason.STALE if version < self.version else Reason.TOO_EARLY, f"{version} at {self.version}"
+            )
+
+    async def _on_open(self, link: Link, body: bytes, payload: memoryview) -> Answer:
+        question = wire.decode(RoundOpen, body)
+        self._check_member(link, question.version)
+        if self._running is not None:
+            raise ProtocolError(Reason.BUSY, "averaging already")
+        members = self._replicas.members(self.version)
+        rank = {peer: index for index, peer in enumerate(members)}
+        if self._opened is not None and self._opened[0] != link.peer:
+            # Two leaders, of two views of who lives: the better rank wins, and the other one's round fails.
+            if rank.get(self._opened[0], len(rank)) < rank.get(link.peer, len(rank)):
+                raise ProtocolError(Reason.BUSY, "another leads")
+        elif self._opened is not None and question.attempt <= self._opened[1]:
+            raise ProtocolError(Reason.REPLAYED, f"attempt {question.attempt}")
+        self._opened = (link.peer, question.attempt)
+        self._attempt = max(self._attempt, question.attempt)
+        return wire.encode(await self._freeze(question.version)), memoryview(b"")
+
+    async def _on_commit(self, link: Link, body: bytes, payload: memoryview) -> Answer:
+        commit = wire.decode(RoundCommit, body)
+        self._check_member(link, commit.version)
+        if self._opened != (link.peer, commit.attempt) or self._running is not None:
+            raise ProtocolError(Reason.UNSOLICITED, "commit")
+        own = [member for member in commit.roster if member.peer == self._own]
+        if self._frozen is None or own != [Member(self._own, len(self._frozen.slots))]:
+            raise ProtocolError(Reason.WRONG_PEER, "roster without what we hold")
+        self._begin(commit)
+        return b"", memoryview(b"")
+
+    async def _on_part(self, link: Link, body: bytes, payload: memoryview) -> Answer:
+        question = wire.decode(RoundPart, body)
+        if link.stage != self._stage:
+            raise ProtocolError(Reason.WRONG_STAGE, str(link.stage))
+        key = (question.version, question.attempt)
+        if key not in self._averagings:
+            # A member's part may overtake the leader's commit.
+            try:
+                async with asyncio.timeout(_COMMIT_WAIT):
+                    while key not in self._averagings:
+                        await self._committed.wait()
+                        self._committed.clear()
+            except TimeoutError:
+                raise ProtocolError(Reason.UNSOLICITED, f"part of round {key}") from None
+        return await self._averagings[key].take_part(link, question, payload)
+
+    # --- averaging and stepping ---
+
+    def _begin(self, commit: RoundCommit) -> None:
+        assert self._frozen is not None
+        averaging = Averaging(
+            self._switchboard, commit.version, commit.attempt, commit.roster, self._frozen.gradient
+        )
+        self._averagings[commit.version, commit.attempt] = averaging
+        for key in sorted(self._averagings)[:-2]:
+            self._averagings.pop(key).abandon()
+        self._committed.set()
+        self._running = asyncio.create_task(self._complete(commit, averaging))
+
+    async def _complete(self, commit: RoundCommit, averaging: Averaging) -> None:
+        began = monotonic()
+        try:
+            if sum(member.count for member in commit.roster):
+                mean = await averaging.run()
+                async with asyncio.timeout(AVERAGING_TIMEOUT):
+                    await self._compute.run(Urgency.ROUND, self._step, mean)
+            else:
+                await self._compute.run(Urgency.ROUND, self._skip)
+        except (ProtocolError, TimeoutError, ValueError) as error:
+            # Those who completed it announce the new version at once; then we take their state. Else we try again.
+            averaging.abandon()
+            log.warning("averaging failed", version=commit.version, attempt=commit.attempt, reason=str(error))
+            await asyncio.sleep(_RETRY_AFTER)
+        else:
+            log.info(
+                "round closed",
+                version=self.version,
+                replicas=len(commit.roster),
+                microbatches=sum(member.count for member in commit.roster),
+                seconds=round(monotonic() - began, 3),
+            )
+            self._turn(set(commit.settled))
+        finally:
+            self._running = None
+            self.news.set()
+
+    def _step(self, mean: Tensor) -> None:
+        self._passes.trainer.step(mean)
+        self._after_step()
+
+    def _skip(self) -> None:
+        self._passes.trainer.skip()
+        self._after_step()
+
+    def _after_step(self) -> None:
+        if self._manifest.schedule.kind == "synchronous":
+            self._passes.take_gradient()  # What came after the round was closed belongs to no round.
+        self._refresh_digest()
+
+    def _refresh_digest(self) -> None:
+        self.digest = self._passes.trainer.digest(CHUNK_BYTES)
+
+    def _turn(self, settled: set[int]) -> None:
+        """A new version began."""
+        size = self._manifest.batch.microbatches
+        self.settled = still_settled(self.settled | settled, self.version, size)
+        self._frozen, self._opened, self._attempt, self._lagging_since = None, None, 0, None
+        self._stepped_at = monotonic()
+        self._on_version()
+
+    # --- catching up ---
+
+    async def resync(self) -> bool:
+        """Take the newest state that replicas of the stage agree on. False if nobody could give it."""
+        newest = self._replicas.newest()
+        agreed = self._replicas.agreed_digest(newest)
+        for peer, report in self._replicas.replicas().items():
+            if peer == self._own or report.version != newest or report.digest != agreed:
+                continue
+            try:
+                link = await self._switchboard.connect(peer)
+                # The replica may have moved on since it announced; then its own word must do for now, and a
+                # state that the majority does not hold is noticed as soon as reports of that version come in.
+                fetched = await fetch_state(link, self._passes.trainer.state_bytes(), None)
+                await self._compute.run(Urgency.ROUND, self._load, fetched)
+            except (ProtocolError, ValueError) as error:
+                log.warning("state not taken", peer=peer, reason=str(error))
+                continue
+            log.info("state taken", peer=peer, version=self.version)
+            self._turn(set(fetched.settled))
+            return True
+        return False
+
+    async def jump(self, version: int) -> None:
+        """Count on from the run's version with the weights we have: the stage's own state is lost."""
+
+        def skip() -> None:
+            while self._passes.trainer.version < version:
+                self._passes.trainer.skip()
+            self._refresh_digest()
+
+        await self._compute.run(Urgency.ROUND, skip)
+        self._turn(set())
+
+    def _load(self, fetched: FetchedState) -> None:
+        trainer = self._passes.trainer
+        trainer.load_state(fetched.version, fetched.chunks)
+        self._passes.slots = []
+        self._refresh_digest()
+        if self.digest != fetched.digest:
+            raise ValueError("the state is not what its digest says")
+
+    async def stop(self) -> None:
+        for averaging in self._averagings.values():
+            averaging.abandon()
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)

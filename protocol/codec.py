@@ -1,0 +1,67 @@
+"""Tensors as wire bytes and back, with no copy that the number format does not ask for."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Final
+
+import msgspec
+import torch
+from blake3 import blake3
+
+from protocol import wire
+from protocol.errors import ProtocolError, Reason
+
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_Dimension = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+Buffer = memoryview
+
+
+class TensorHeader(wire.Message, frozen=True):
+    """What a payload's first bytes are: `codec` (fp32 or bf16, little-endian) and `shape`."""
+
+    codec: Annotated[str, msgspec.Meta(max_length=8)]
+    shape: Annotated[tuple[_Dimension, ...], msgspec.Meta(min_length=1, max_length=4)]
+
+    @property
+    def size(self) -> int:
+        """Bytes of payload that the tensor takes. Raises `ProtocolError` (wrong_dtype) for an unknown codec."""
+        return prod(self.shape) * dtype_of(self.codec).itemsize
+
+
+def dtype_of(codec: str) -> torch.dtype:
+    """The number format of a codec. Raises `ProtocolError` (wrong_dtype) for an unknown one."""
+    try:
+        return _DTYPES[codec]
+    except KeyError:
+        raise ProtocolError(Reason.WRONG_DTYPE, codec) from None
+
+
+def encode_tensor(tensor: torch.Tensor, codec: str) -> Buffer:
+    """The bytes of a tensor of any float dtype on any device. fp32 on the CPU is a view, not a copy."""
+    return bytes_of(tensor.detach().to("cpu", dtype_of(codec)))
+
+
+def bytes_of(tensor: torch.Tensor) -> Buffer:
+    """A CPU tensor's memory as bytes; it keeps the tensor alive."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def decode_tensor(payload: Buffer, header: TensorHeader, device: torch.device) -> torch.Tensor:
+    """An fp32 tensor of `header.shape` on `device`. Raises `ProtocolError` if `payload` is not of its size.
+
+    On the CPU an fp32 payload is not copied: the tensor is the payload's memory.
+    """
+    if len(payload) != header.size:
+        raise ProtocolError(Reason.MALFORMED, f"{len(payload)} bytes for {header}")
+    flat = torch.frombuffer(payload, dtype=dtype_of(header.codec))
+    return flat.view(header.shape).to(device, torch.float32)
+
+
+def digest(*parts: bytes | Buffer) -> bytes:
+    """32 bytes of BLAKE3 over the parts, in order."""
+    hasher = blake3()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()

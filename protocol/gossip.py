@@ -1,0 +1,61 @@
+"""libp2p's gossipsub inside p2pd, over the daemon's control socket; hivemind has no binding for it.
+
+Messages are signed by their author's p2pd and checked by every p2pd on the way (pubsubSignStrict),
+so `author` can be believed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from hivemind.proto import p2pd_pb2
+
+from protocol.identity import PeerId
+
+MAX_GOSSIP = 48 * 1024
+"""Bytes of one gossip message; a larger one is dropped unread."""
+
+OnGossip = Callable[[PeerId, bytes], None]
+
+
+async def _open(p2p: P2P, request: p2pd_pb2.PSRequest) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await p2p._client.control.daemon_connector.open_connection()
+    await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.PUBSUB, pubsub=request))
+    response = p2pd_pb2.Response()
+    await read_pbmsg_safe(reader, response)
+    raise_if_failed(response)
+    return reader, writer
+
+
+async def publish(p2p: P2P, topic: str, data: bytes) -> None:
+    """Send to every subscriber of `topic`, ourselves included if we subscribe."""
+    request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.PUBLISH, topic=topic, data=data)
+    _, writer = await _open(p2p, request)
+    writer.close()
+
+
+async def subscribe(p2p: P2P, topic: str, on_gossip: OnGossip) -> asyncio.Task[None]:
+    """Call `on_gossip(author, data)` for each message until the returned task is cancelled."""
+    request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.SUBSCRIBE, topic=topic)
+    reader, writer = await _open(p2p, request)
+
+    async def read() -> None:
+        # The writer is named here to keep it alive: p2pd ends a subscription whose connection closes.
+        try:
+            while True:
+                message = p2pd_pb2.PSMessage()
+                await read_pbmsg_safe(reader, message)
+                if len(message.data) <= MAX_GOSSIP:
+                    author = PeerID(getattr(message, "from"))
+                    on_gossip(PeerId(author.to_base58()), bytes(message.data))
+        except asyncio.IncompleteReadError:
+            return
+        finally:
+            with suppress(OSError, RuntimeError):
+                writer.close()
+
+    return asyncio.create_task(read(), name=f"gossip {topic}")

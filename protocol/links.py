@@ -1,0 +1,326 @@
+"""Links: everything that two peers say to each other directly, over one or more persistent streams.
+
+A `Switchboard` keeps a peer's links: it dials, accepts, greets, watches heartbeats, answers requests, and shuts
+out for a while who breaks the protocol. What tensors mean is its owner's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
+from time import monotonic
+from typing import Protocol
+
+import structlog
+
+from protocol import sockets, streams, wire
+from protocol.errors import ProtocolError, Reason
+from protocol.host import Host
+from protocol.identity import PeerId
+from protocol.messages import MAX_CHUNK, PROTOCOL_VERSION, Hello, Reply, Request
+from protocol.refusals import Refusals
+from protocol.streams import Stream
+
+log = structlog.get_logger("links")
+
+HEARTBEAT = 1.0
+DEAD_AFTER = 6.0
+"""Seconds without a byte after which a stream's other end counts as dead or hung."""
+DIAL_TIMEOUT = 8.0
+PENALTY = 30.0
+MAX_LINKS = 256
+MAX_STREAMS = 8
+MAX_REQUESTS = 16
+"""Requests of one peer that are answered at the same time; more are refused as busy."""
+LONG_ROUND_TRIP = 0.03
+STREAMS_WHEN_LONG = 4
+
+_EMPTY = memoryview(b"")
+
+Answer = tuple[bytes, memoryview]
+Method = Callable[["Link", bytes, memoryview], Awaitable[Answer]]
+
+
+class Owner(Protocol):
+    """What a switchboard tells its owner. Called on the event loop; must not block."""
+
+    def on_link_up(self, link: Link) -> None: ...
+
+    def on_link_down(self, link: Link) -> None: ...
+
+    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+        """May raise `ProtocolError`: the message was such that the sender misbehaves, and is shut out (REJECT)."""
+
+
+class Link:
+    """The streams between us and one peer, and what is asked over them."""
+
+    def __init__(self, peer: PeerId) -> None:
+        self.peer = peer
+        self.stage = -1
+        self.streams: list[Stream] = []
+        self.up = asyncio.Event()
+        self.closed = False
+        self.dialled = False
+        self.answering = 0
+        self._number = 0
+        self._questions: dict[int, asyncio.Future[tuple[Reply, memoryview]]] = {}
+
+    @property
+    def is_up(self) -> bool:
+        return self.up.is_set() and not self.closed
+
+    @property
+    def round_trip(self) -> float | None:
+        """Seconds, of the last heartbeat answered on any stream."""
+        known = [stream.round_trip for stream in self.streams if stream.round_trip is not None]
+        return min(known) if known else None
+
+    @property
+    def backlog(self) -> int:
+        """Bytes queued and not yet taken by p2pd, over all streams."""
+        return sum(stream.backlog for stream in self.streams)
+
+    def send(self, message: wire.Message, *payload: memoryview) -> None:
+        """Queue a frame on the stream with the least queued. Raises `ProtocolError` (unreachable) without one."""
+        usable = [stream for stream in self.streams if stream.greeted and stream.is_open]
+        if self.closed or not usable:
+            raise ProtocolError(Reason.UNREACHABLE, self.peer)
+        min(usable, key=lambda stream: stream.backlog).send(message, *payload)
+
+    async def request(
+        self, method: str, body: wire.Message, payload: memoryview = _EMPTY, *, timeout: float
+    ) -> Answer:
+        """Ask, and wait for the answer. Raises `ProtocolError` with the peer's refusal, timed_out or unreachable."""
+        self._number += 1
+        number = self._number
+        question: asyncio.Future[tuple[Reply, memoryview]] = asyncio.get_running_loop().create_future()
+        self._questions[number] = question
+        try:
+            self.send(Request(number, method, wire.encode(body)), payload)
+            async with asyncio.timeout(timeout):
+                reply, answer = await question
+        except TimeoutError:
+            raise ProtocolError(Reason.TIMED_OUT, f"{method} at {self.peer}") from None
+        finally:
+            del self._questions[number]
+        if reply.refused is not None:
+            raise ProtocolError(reply.refused, f"{method} at {self.peer}")
+        return reply.body, answer
+
+    def take_reply(self, reply: Reply, payload: memoryview) -> None:
+        question = self._questions.get(reply.number)
+        if question is not None and not question.done():
+            question.set_result((reply, payload))
+
+    def close(self, *, abort: bool = False) -> None:
+        self.closed = True
+        for stream in self.streams:
+            (stream.abort if abort else stream.close)()
+        for question in self._questions.values():
+            if not question.done():
+                question.set_exception(ProtocolError(Reason.UNREACHABLE, self.peer))
+
+
+class Switchboard:
+    """All links of one peer in one run. `max_tensor` bounds a tensor's payload in bytes (0: takes none)."""
+
+    def __init__(
+        self, host: Host, run: bytes, *, stage: int, max_tensor: int, owner: Owner, delay: float = 0.0
+    ) -> None:
+        self.host, self.run, self.stage = host, run, stage
+        self.refusals = Refusals()
+        self.links: dict[PeerId, Link] = {}
+        self.methods: dict[str, Method] = {}
+        self._max_tensor, self._owner, self._delay = max_tensor, owner, delay
+        self._protocol = f"/sentinel/{run.hex()[:16]}/{PROTOCOL_VERSION}"
+        self._acceptor = sockets.Acceptor(self._accept)
+        self._penalties: OrderedDict[PeerId, float] = OrderedDict()
+        self._dialling: dict[PeerId, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, *, accept: bool = True) -> None:
+        """`accept=False`: only dial, as one does who has nothing to serve yet."""
+        if accept:
+            await self._acceptor.start(self.host.p2p, self._protocol)
+        self._spawn(self._watch())
+
+    async def stop(self) -> None:
+        """Close every link, letting queued frames leave."""
+        await self._acceptor.stop()
+        for link in tuple(self.links.values()):
+            link.close()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- opening ---
+
+    async def connect(
+        self, peer: PeerId, addresses: Iterable[str] = (), *, timeout: float = DIAL_TIMEOUT
+    ) -> Link:
+        """The link to `peer`, dialled if there is none. Raises `ProtocolError` (unreachable or timed_out)."""
+        lock = self._dialling.setdefault(peer, asyncio.Lock())
+        try:
+            async with asyncio.timeout(timeout), lock:
+                link = self.links.get(peer)
+                if link is None or not link.is_up:
+                    self._check_not_shut_out(peer)
+                    await self.host.connect(peer, addresses)
+                    link = await self._open_stream(peer)
+                    link.dialled = True
+                    await link.up.wait()
+                return link
+        except TimeoutError:
+            raise ProtocolError(Reason.TIMED_OUT, f"dialling {peer}") from None
+        finally:
+            if not lock.locked():
+                self._dialling.pop(peer, None)
+
+    def _check_not_shut_out(self, peer: PeerId) -> None:
+        if self._penalties.get(peer, 0.0) > monotonic():
+            raise ProtocolError(Reason.UNREACHABLE, f"{peer} broke the protocol and is shut out")
+
+    async def _open_stream(self, peer: PeerId) -> Link:
+        endpoint = await sockets.dial(self.host.p2p, peer, self._protocol, DIAL_TIMEOUT)
+        return await self._adopt(peer, endpoint)
+
+    async def _accept(self, peer: PeerId, endpoint: socket.socket) -> None:
+        self._check_not_shut_out(peer)
+        if peer not in self.links and len(self.links) >= MAX_LINKS:
+            raise ProtocolError(Reason.BUSY, "too many links")
+        await self._adopt(peer, endpoint)
+
+    async def _adopt(self, peer: PeerId, endpoint: socket.socket) -> Link:
+        link = self.links.get(peer)
+        if link is None or link.closed:
+            link = self.links[peer] = Link(peer)
+        if len(link.streams) >= MAX_STREAMS:
+            raise ProtocolError(Reason.BUSY, "too many streams")
+        stream = Stream(
+            Hello(PROTOCOL_VERSION, self.run, self.stage),
+            self._max_tensor,
+            lambda stream, message, payload: self._on_frame(link, stream, message, payload),
+            lambda stream: self._on_stream_closed(link, stream),
+            lambda stream, error: self.reject(peer, error),
+            self._delay,
+        )
+        link.streams.append(stream)
+        try:
+            await streams.attach(stream, endpoint)
+        except ProtocolError:
+            self._on_stream_closed(link, stream)
+            raise
+        return link
+
+    # --- reading ---
+
+    def _on_frame(self, link: Link, stream: Stream, message: wire.Message, payload: memoryview) -> None:
+        if isinstance(message, Hello):
+            self._greet(link, stream, message)
+        elif not stream.greeted:
+            raise ProtocolError(Reason.MALFORMED, "no hello first")
+        elif isinstance(message, Request):
+            self._spawn(self._answer(link, message, payload))
+        elif isinstance(message, Reply):
+            link.take_reply(message, payload)
+        else:
+            self._owner.on_message(link, message, payload)
+
+    def _greet(self, link: Link, stream: Stream, hello: Hello) -> None:
+        if stream.greeted:
+            raise ProtocolError(Reason.MALFORMED, "second hello")
+        if hello.version != PROTOCOL_VERSION:
+            raise ProtocolError(Reason.WRONG_VERSION, str(hello.version))
+        if hello.run != self.run:
+            raise ProtocolError(Reason.FOREIGN_RUN)
+        stream.greeted = True
+        link.stage = hello.stage
+        stream.ping()
+        if not link.up.is_set():
+            link.up.set()
+            self._owner.on_link_up(link)
+
+    async def _answer(self, link: Link, request: Request, payload: memoryview) -> None:
+        refused, body, answer = None, b"", _EMPTY
+        link.answering += 1
+        try:
+            if link.answering > MAX_REQUESTS:
+                raise ProtocolError(Reason.BUSY, request.method)
+            method = self.methods.get(request.method)
+            if method is None:
+                raise ProtocolError(Reason.UNKNOWN_METHOD, request.method)
+            body, answer = await method(link, request.body, payload)
+            if len(answer) > MAX_CHUNK:
+                raise ProtocolError(Reason.OVERSIZED, f"answer to {request.method}")
+        except ProtocolError as error:
+            self.refusals.count(link.peer, error)
+            refused, body, answer = error.reason, b"", _EMPTY
+        except Exception:
+            log.exception("request failed", method=request.method, peer=link.peer)
+            self.refusals.counts[Reason.INTERNAL] += 1
+            refused, body, answer = Reason.INTERNAL, b"", _EMPTY
+        finally:
+            link.answering -= 1
+        try:
+            link.send(Reply(request.number, refused, body), answer)
+        except ProtocolError:
+            return  # The one who asked is gone.
+
+    # --- ending ---
+
+    def _on_stream_closed(self, link: Link, stream: Stream) -> None:
+        if stream in link.streams:
+            link.streams.remove(stream)
+        if link.streams:
+            return
+        link.close()
+        if self.links.get(link.peer) is link:
+            del self.links[link.peer]
+        if link.up.is_set():
+            self._owner.on_link_down(link)
+
+    def reject(self, peer: PeerId, error: ProtocolError) -> None:
+        """The peer misbehaved: count it, close the link and shut it out for a while."""
+        self.refusals.count(peer, error, rejected=True)
+        self._penalties.pop(peer, None)
+        self._penalties[peer] = monotonic() + PENALTY
+        if len(self._penalties) > 4 * MAX_LINKS:
+            self._penalties.popitem(last=False)
+        if link := self.links.get(peer):
+            link.close(abort=True)
+
+    async def _watch(self) -> None:
+        """Heartbeats: ping every stream, abort the silent ones, and open more where the round trip is long."""
+        last = monotonic()
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            now = monotonic()
+            # Where we ourselves were stopped, silence says nothing about the others.
+            stopped, last = now - last > DEAD_AFTER / 2, now
+            for link in tuple(self.links.values()):
+                for stream in tuple(link.streams):
+                    if stopped:
+                        stream.last_heard = now
+                    elif now - stream.last_heard > DEAD_AFTER:
+                        self.refusals.count(link.peer, ProtocolError(Reason.TIMED_OUT, "no heartbeat"))
+                        stream.abort()
+                    elif stream.greeted:
+                        stream.ping()
+                if link.dialled and (link.round_trip or 0.0) > LONG_ROUND_TRIP:
+                    self._spawn(self._widen(link))
+
+    async def _widen(self, link: Link) -> None:
+        """A single stream's window does not fill a long pipe: open a few, up to `STREAMS_WHEN_LONG`."""
+        while link.is_up and len(link.streams) < STREAMS_WHEN_LONG:
+            try:
+                await self._open_stream(link.peer)
+            except ProtocolError:
+                return

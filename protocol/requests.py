@@ -1,0 +1,76 @@
+"""The questions peers ask each other over a link: method names, and the types of their bodies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from protocol import wire
+from protocol.wire import Count, Digest, Natural, PeerName
+
+MANIFEST: Final = "manifest"
+ROUND_OPEN: Final = "round.open"
+ROUND_COMMIT: Final = "round.commit"
+ROUND_PART: Final = "round.part"
+STATE_DESCRIBE: Final = "state.describe"
+STATE_CHUNK: Final = "state.chunk"
+
+MAX_ROSTER: Final = 256
+
+
+class Nothing(wire.Message, frozen=True):
+    """The body where there is nothing to say."""
+
+
+class RoundOpen(wire.Message, frozen=True):
+    """A leader asks a replica to stop accumulating for round `version` and say how much it has."""
+
+    version: Natural
+    attempt: Count
+
+
+class RoundHolding(wire.Message, frozen=True):
+    """The answer: gradients of so many microbatches, these slots."""
+
+    count: Count
+    slots: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=4096)]
+
+
+class Member(wire.Message, frozen=True):
+    peer: PeerName
+    count: Count
+
+
+class RoundCommit(wire.Message, frozen=True):
+    """Average now, among these, weighted by their counts. The roster's order is the order of summation."""
+
+    version: Natural
+    attempt: Count
+    roster: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1, max_length=MAX_ROSTER)]
+    settled: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=4096)]
+
+
+class RoundPart(wire.Message, frozen=True):
+    """The sender's gradient sum over floats `start` up to `stop`, as fp32 payload. Answer: the mean of all."""
+
+    version: Natural
+    attempt: Count
+    start: Natural
+    stop: Natural
+
+
+class StateDescription(wire.Message, frozen=True):
+    """Which state a replica can give. The payload that comes with it: the digests of its chunks, 32 bytes each."""
+
+    version: Natural
+    digest: Digest
+    chunk_bytes: Count
+    settled: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=4096)]
+
+
+class StateChunk(wire.Message, frozen=True):
+    """Asks for one chunk of the state at `version`; it is the payload of the answer."""
+
+    version: Natural
+    index: Count

@@ -1,0 +1,162 @@
+"""One stream between two peers as frames: the framing, its bounds and its heartbeat."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from time import monotonic
+from typing import cast
+
+import numpy as np
+
+from protocol import messages, wire
+from protocol.errors import ProtocolError, Reason
+from protocol.messages import HEADER_SIZE, Kind, Ping, Pong
+
+OnFrame = Callable[["Stream", wire.Message, memoryview], None]
+OnClosed = Callable[["Stream"], None]
+
+_EMPTY = memoryview(b"")
+_MAX_BACKLOG_FOR_PONG = 1024 * 1024
+
+
+class Stream(asyncio.BufferedProtocol):
+    """Reads frames straight into the memory that keeps them; writes without copying the payload.
+
+    `greeting` is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and must not block. A
+    `ProtocolError` out of parsing or out of `on_frame` goes to `on_violation`, and the stream is aborted.
+    """
+
+    def __init__(
+        self,
+        greeting: wire.Message,
+        max_tensor: int,
+        on_frame: OnFrame,
+        on_closed: OnClosed,
+        on_violation: Callable[[Stream, ProtocolError], None],
+        delay: float = 0.0,
+    ) -> None:
+        self._greeting, self._max_tensor = greeting, max_tensor
+        self._on_frame, self._on_closed, self._on_violation = on_frame, on_closed, on_violation
+        self._delay = delay
+        self._transport: asyncio.Transport | None = None
+        self._kind: Kind | None = None
+        self._header = bytearray(HEADER_SIZE)
+        self._message, self._payload = _EMPTY, _EMPTY
+        self._parts: list[memoryview] = []
+        self._aim([memoryview(self._header)])
+        self.greeted = False
+        self.last_heard = monotonic()
+        self.round_trip: float | None = None
+        self.received_bytes = 0
+        self.sent_bytes = 0
+
+    # --- receiving: header, then message and payload, each into memory of its own size ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        # Before anything that a frame read in the meantime may make us say.
+        self.send(self._greeting)
+
+    def _aim(self, parts: list[memoryview]) -> None:
+        self._parts = [part for part in parts if len(part)]
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._parts[0]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.last_heard = monotonic()
+        self.received_bytes += nbytes
+        self._parts[0] = self._parts[0][nbytes:]
+        if len(self._parts[0]):
+            return
+        self._parts.pop(0)
+        if self._parts:
+            return
+        try:
+            self._part_complete()
+        except ProtocolError as error:
+            self._on_violation(self, error)
+            self.abort()
+
+    def _part_complete(self) -> None:
+        if self._kind is None:
+            self._kind, message_size, payload_size = messages.parse_header(
+                bytes(self._header), self._max_tensor
+            )
+            self._message = memoryview(bytearray(message_size))
+            # Not zeroed: the network fills it. This is the memory that the tensor will be a view of.
+            self._payload = memoryview(np.empty(payload_size, np.uint8).data) if payload_size else _EMPTY
+            self._aim([self._message, self._payload])
+            if self._parts:
+                return
+        kind, message, payload = self._kind, self._message, self._payload
+        self._kind, self._message, self._payload = None, _EMPTY, _EMPTY
+        self._aim([memoryview(self._header)])
+        self._dispatch(messages.parse_message(kind, message), payload)
+
+    def _dispatch(self, message: wire.Message, payload: memoryview) -> None:
+        if isinstance(message, Ping):
+            if self.backlog < _MAX_BACKLOG_FOR_PONG:
+                self.send(Pong(message.token))
+        elif isinstance(message, Pong):
+            self.round_trip = max(0.0, monotonic() - message.token / 1e6)
+        else:
+            self._on_frame(self, message, payload)
+
+    # --- sending ---
+
+    @property
+    def backlog(self) -> int:
+        """Bytes written but not yet taken by p2pd."""
+        return self._transport.get_write_buffer_size() if self._transport else 0
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, message: wire.Message, *payload: memoryview) -> None:
+        """Queue a frame. The payload's parts are not copied: their memory must not change until it has left."""
+        parts: tuple[bytes | memoryview, ...] = (messages.frame_of(message, sum(map(len, payload))), *payload)
+        if self._delay:
+            asyncio.get_running_loop().call_later(self._delay, self._write, parts)
+        else:
+            self._write(parts)
+
+    def _write(self, parts: tuple[bytes | memoryview, ...]) -> None:
+        if self._transport is None or not self.is_open:
+            return
+        for part in parts:
+            self.sent_bytes += len(part)
+            self._transport.write(part)
+
+    def ping(self) -> None:
+        self.send(Ping(int(monotonic() * 1e6)))
+
+    # --- ending ---
+
+    def close(self) -> None:
+        """Let what is queued leave, then close."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_closed(self)
+
+
+async def attach(stream: Stream, endpoint: socket.socket) -> None:
+    """Put `stream` on a connected socket. Raises `ProtocolError` (unreachable) if the socket is dead already."""
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.create_unix_connection(lambda: stream, sock=endpoint)
+    except OSError as error:
+        endpoint.close()
+        raise ProtocolError(Reason.UNREACHABLE, str(error)) from None
