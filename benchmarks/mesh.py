@@ -7,7 +7,6 @@ bans take effect at once, and refused tensors are made again by another replica.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -92,7 +91,12 @@ class Mesh:
         return arrived, alive
 
     def _backward(
-        self, round: int, arrived: Tensor, labels: Tensor, alive: Mask, workers: np.ndarray  # type: ignore[type-arg]
+        self,
+        round: int,
+        arrived: Tensor,
+        labels: Tensor,
+        alive: Mask,
+        workers: np.ndarray,  # type: ignore[type-arg]
     ) -> None:
         tail = self.stages[-1]
         try:
@@ -129,7 +133,7 @@ class Mesh:
 
 def run_mesh(config: MeshConfig, progress: Progress = lambda _: None) -> MeshRun:
     """Train with attackers and a detector for `config.rounds` rounds."""
-    mesh = Mesh(config, make_detector(config.detector))
+    mesh = Mesh(config, make_detector(config.detector, config.warmup))
     run = MeshRun(config, mesh.crew, mesh.boundary.tally)
     for round in range(config.rounds):
         begun = time.perf_counter()
@@ -141,7 +145,3 @@ def run_mesh(config: MeshConfig, progress: Progress = lambda _: None) -> MeshRun
         progress(round)
     run.recompute_fraction = mesh.court.spent / mesh.work if mesh.work else 0.0
     return run
-
-
-def ruined(loss: float) -> bool:
-    return not math.isfinite(loss)

@@ -57,10 +57,14 @@ class MeshConfig:
         _require(self.stages >= 3, "--stages must be at least 3", "Write, say, --stages 16")
         _require(self.rounds >= 1, "--rounds must be at least 1", "Write, say, --rounds 400")
         _require(self.warmup >= 0, "--warmup must not be negative", "Write, say, --warmup 100")
-        _require(0 <= self.fraction < 0.5, "--fraction must be from 0 to below 0.5", "Write, say, --fraction 0.25")
+        _require(
+            0 <= self.fraction < 0.5, "--fraction must be from 0 to below 0.5", "Write, say, --fraction 0.25"
+        )
         _require(0 < self.duty <= 1, "--duty must be above 0 and at most 1", "Write, say, --duty 0.1")
         _require(0 <= self.collusion <= 1, "--collusion must be from 0 to 1", "Write, say, --collusion 0.6")
-        _require(0 < self.sampling <= 1, "--sampling must be above 0 and at most 1", "Write, say, --sampling 0.2")
+        _require(
+            0 < self.sampling <= 1, "--sampling must be above 0 and at most 1", "Write, say, --sampling 0.2"
+        )
         _require(self.microbatch >= 1, "--microbatch must be at least 1", "Write, say, --microbatch 2")
         _require(self.context >= 8, "--context must be at least 8", "Write, say, --context 64")
         fits = self.width >= _HEAD_WIDTH and self.width % _HEAD_WIDTH == 0

@@ -9,6 +9,7 @@ import typer
 from cli.bootstrap import bootstrap
 from cli.init import init
 from cli.join import join
+from cli.simulate import simulate
 from protocol.errors import UserError
 
 app = typer.Typer(
@@ -19,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-for command in (init, bootstrap, join):
+for command in (init, bootstrap, join, simulate):
     app.command()(command)
 
 

@@ -50,9 +50,7 @@ class Auditor:
         self._waited[row] = 0
         self.audits[row] = 0
 
-    def hear(
-        self, hops: Hops, rows: npt.NDArray[np.intp], wanted: Mask, court: Court
-    ) -> dict[int, Hearing]:
+    def hear(self, hops: Hops, rows: npt.NDArray[np.intp], wanted: Mask, court: Court) -> dict[int, Hearing]:
         """Hearings by position in `hops`, as many as can be paid in full even at their worst."""
         if self._budget <= 0:
             return {}

@@ -77,5 +77,7 @@ class Centring:
             return self._centre
         median = np.median(values[trusted], axis=0)
         shift = median - self._centre
-        followed: Floats = self._centre + np.where(np.abs(shift) > self.outdated * self._scale, shift, shift / 2)
+        followed: Floats = self._centre + np.where(
+            np.abs(shift) > self.outdated * self._scale, shift, shift / 2
+        )
         return followed

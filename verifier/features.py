@@ -6,6 +6,8 @@ P = B x T tokens are treated alike. Logarithms make scales additive, so that a m
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ _TINY = 1e-20
 _SIGN_FLOOR = 1e-3
 
 
+@cache
 def projections(width: int, count: int = 8) -> Tensor:
     """(W, count) fixed random unit directions for the sliced Wasserstein distance."""
     generator = torch.Generator().manual_seed(width)

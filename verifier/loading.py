@@ -23,7 +23,9 @@ def load_class(spec: str, method: str) -> type[Any]:
         known = [key for key, value in vars(module).items() if isinstance(value, type)]
         raise UserError(f"{file} has no class {name}", f"It has: {', '.join(known) or 'none'}")
     if not callable(getattr(found, method, None)):
-        raise UserError(f"{name} in {file} has no method `{method}`", "See docs/examples/ for one of 20 lines")
+        raise UserError(
+            f"{name} in {file} has no method `{method}`", "See docs/examples/ for one of 20 lines"
+        )
     return found
 
 

@@ -18,7 +18,7 @@ from verifier import features
 from verifier.audit import Auditor
 from verifier.baseline import Centring, MeanTensor
 from verifier.cascade import Cascade
-from verifier.conformal import Reference
+from verifier.conformal import Window, p_values
 from verifier.detector import Court, Detector, Hearing
 from verifier.ladder import Ladder, Standing, Verdict
 from verifier.martingale import Capital
@@ -67,7 +67,7 @@ class _StreamState:
     mean_step: MeanTensor
     marginal: Centring
     transition: Centring
-    reference: Reference
+    reference: Window
     waiting: deque[tuple[int, npt.NDArray[np.intp], Floats]] = field(default_factory=deque)
 
 
@@ -108,7 +108,6 @@ class Sentinel(Detector):
         self._banned = np.zeros(count, dtype=np.bool_)
         self._roster = Roster(count, self._forget)
         self.auditor = Auditor(self.settings.recompute, count)
-        self._directions: dict[int, Tensor] = {}
 
     # What hosts call
 
@@ -154,7 +153,7 @@ class Sentinel(Detector):
         raw = scores.max(1)
         scores /= self._cascade.discount(hops)[:, None]
         scores[~valid] = np.inf
-        p = state.reference.p_values(scores)
+        p = p_values(scores, state.reference)
         odd = self._odd(state, scores, p)
         confirmed = self._refusals.confirmed(hops, rows, quorum)
         suspect = self._evidence(rows) >= self._ladder.top / 3
@@ -195,7 +194,7 @@ class Sentinel(Detector):
                 MeanTensor(memory),
                 Centring(len(features.MARGINAL), follow_replicas=follow),
                 Centring(count, follow_replicas=follow),
-                Reference(len(self.settings.families), self.settings.window),
+                Window(len(self.settings.families), self.settings.window),
             )
         return state
 
@@ -203,10 +202,8 @@ class Sentinel(Detector):
         mean = state.mean.value
         if mean is None:
             mean = hops.outputs.nanmedian(0).values.mean(0)
-        width = hops.outputs.shape[-1]
-        if width not in self._directions:
-            self._directions[width] = features.projections(width)
-        distances = features.marginal_distances(hops.outputs, mean, self._directions[width])
+        directions = features.projections(hops.outputs.shape[-1])
+        distances = features.marginal_distances(hops.outputs, mean, directions)
         return features.log_marginal(distances)
 
     def _transition(self, hops: Hops, state: _StreamState) -> Floats | None:
