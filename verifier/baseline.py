@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verifier.streams import Floats
+from verifier.streams import Floats, Mask
 
 _SCALE_FLOOR = 1e-6
 _GAUSSIAN_MEAN_ABSOLUTE = 0.7978845608
@@ -38,7 +38,7 @@ class Centring:
     them. If their median is far off, the past is out of date, and the median stands alone (an honest majority).
     """
 
-    enough = 4
+    enough = 3
     outdated = 4.0
 
     def __init__(self, features: int, *, follow_replicas: bool = True) -> None:
@@ -47,7 +47,7 @@ class Centring:
         self._follow = follow_replicas
         self._seen = 0
 
-    def residuals(self, values: Floats, trusted: np.ndarray) -> Floats:  # type: ignore[type-arg]
+    def residuals(self, values: Floats, trusted: Mask) -> Floats:
         """(N, F) standardised residuals of values (N, F); the step's median is taken over `trusted` (N,) rows."""
         if self._seen == 0:
             self._start(values)
@@ -60,10 +60,10 @@ class Centring:
         if n == 0:
             return
         self._seen += n
-        # A mean while young, then exponential forgetting over 64 hops for the centre and 256 for the spread.
-        quick, slow = (max(n / (self._seen + n), 1 - (1 - 1 / hops) ** n) for hops in (64, 256))
+        # A mean while young, then exponential forgetting over 32 hops for the centre and 96 for the spread.
+        quick, slow = (max(n / (self._seen + n), 1 - (1 - 1 / hops) ** n) for hops in (32, 96))
         self._centre += quick * (np.median(values, axis=0) - self._centre)
-        spread = np.minimum(np.abs(residuals), 3.0).mean(0) / _GAUSSIAN_MEAN_ABSOLUTE
+        spread = np.minimum(np.abs(residuals), 5.0).mean(0) / _GAUSSIAN_MEAN_ABSOLUTE
         self._scale *= 1 + slow * (spread - 1)
         np.maximum(self._scale, _SCALE_FLOOR, out=self._scale)
 
@@ -72,7 +72,7 @@ class Centring:
         deviation = 1.4826 * np.median(np.abs(values - self._centre), axis=0)
         self._scale = np.maximum(deviation, 0.05 * np.maximum(np.abs(self._centre), 0.1))
 
-    def _step_centre(self, values: Floats, trusted: np.ndarray) -> Floats:  # type: ignore[type-arg]
+    def _step_centre(self, values: Floats, trusted: Mask) -> Floats:
         if not self._follow or trusted.sum() < self.enough:
             return self._centre
         median = np.median(values[trusted], axis=0)
@@ -81,3 +81,32 @@ class Centring:
             np.abs(shift) > self.outdated * self._scale, shift, shift / 2
         )
         return followed
+
+
+class Spread:
+    """How far apart the replicas of a step are, against what is usual: what moves most of them is not one's fault.
+
+    With a minority of attackers the median replica is honest, or between honest ones. If even its score is higher than
+    usual, the stage as a whole has become rougher, and all scores are divided by as much.
+    """
+
+    enough = 3
+
+    def __init__(self, kinds: int) -> None:
+        self._usual = np.ones(kinds)
+        self._seen = 0
+
+    def discount(self, scores: Floats, trusted: Mask) -> Floats:
+        """(K,) what to divide scores (N, K) of one step by, at least 1."""
+        if trusted.sum() < self.enough:
+            return np.ones(scores.shape[1])
+        excess: Floats = np.maximum(1.0, np.median(scores[trusted], axis=0) / self._usual)
+        return excess
+
+    def learn(self, scores: Floats) -> None:
+        """Learn from the undiscounted scores (n, K) of accepted hops."""
+        n = len(scores)
+        self._seen += n
+        quick = max(n / (self._seen + n), 1 - (1 - 1 / 64) ** n)
+        self._usual += quick * (np.median(scores, axis=0) - self._usual)
+        np.maximum(self._usual, 1e-3, out=self._usual)

@@ -15,8 +15,8 @@ from torch import Tensor
 from verifier.streams import Floats
 
 MARGINAL = ("l1", "l2", "sign_flips", "sliced_wasserstein")
-TRANSITION = ("turn", "sign_changes", "step_size", "gain", "mean_step", "mean_step_turn", "step_shape")
-TOKENS = ("worst_turn", "longest_step", "shortest_step", "highest_gain", "lowest_gain")
+TRANSITION = ("turn", "sign_changes", "step_size", "push", "mean_step", "mean_step_turn", "step_shape")
+TOKENS = ("worst_turn", "longest_step", "shortest_step", "highest_push", "lowest_push")
 
 _TINY = 1e-20
 # Below this share of changed signs a logarithm would only magnify counting noise.
@@ -28,7 +28,8 @@ def projections(width: int, count: int = 8) -> Tensor:
     """(W, count) fixed random unit directions for the sliced Wasserstein distance."""
     generator = torch.Generator().manual_seed(width)
     drawn = torch.randn(width, count, generator=generator)
-    return drawn / drawn.norm(dim=0)
+    unit: Tensor = drawn / drawn.norm(dim=0)
+    return unit
 
 
 def marginal_distances(outputs: Tensor, mean: Tensor, directions: Tensor) -> Floats:
@@ -39,12 +40,14 @@ def marginal_distances(outputs: Tensor, mean: Tensor, directions: Tensor) -> Flo
     known; these are the plain readings of their names.
     """
     n, b = outputs.shape[:2]
-    away = outputs - mean
-    l1 = away.abs().mean((1, 2, 3))
-    l2 = away.square().mean((1, 2, 3)).sqrt() / mean.square().mean().sqrt().clamp_min(_TINY)
-    flips = (outputs.signbit() != mean.signbit()).float().mean((1, 2, 3))
+    away = (outputs - mean).flatten(1)
+    elements = away.shape[1]
+    l1 = torch.linalg.vector_norm(away, 1, dim=1) / elements
+    spread = torch.linalg.vector_norm(away, dim=1) / elements**0.5
+    l2 = spread / mean.square().mean().sqrt().clamp_min(_TINY)
+    flips = _changed_signs(outputs, mean)
     sliced = _sorted_projections(outputs.flatten(1, 2), directions)
-    reference = _sorted_projections(mean[None], directions).repeat_interleave(b, dim=1)
+    reference = _sorted_projections(mean[None], directions).repeat_interleave(b, dim=2)
     wasserstein = (sliced - reference).abs().mean((1, 2))
     return _columns(n, l1, l2, flips, wasserstein)
 
@@ -56,7 +59,13 @@ def log_marginal(distances: Floats) -> Floats:
 
 
 def _sorted_projections(tokens: Tensor, directions: Tensor) -> Tensor:
-    return torch.sort(tokens @ directions, dim=1).values
+    """(N, directions, P) projections of tokens (N, P, W), ascending along the last dimension."""
+    return torch.sort((tokens @ directions).transpose(1, 2).contiguous(), dim=2).values
+
+
+def _changed_signs(a: Tensor, b: Tensor) -> Tensor:
+    """(N,) share of elements whose sign differs; a zero counts half."""
+    return (1 - (a * b).sign_().mean((1, 2, 3))) / 2
 
 
 def mean_steps(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -73,36 +82,34 @@ def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor) -> Floats:
     n = outputs.shape[0]
     x, y = inputs.flatten(1, 2), outputs.flatten(1, 2)
     step = y - x
-    xx, yy, dd = _squares(x), _squares(y), _squares(step)
+    xx, yy, dd = (torch.linalg.vector_norm(one, dim=2).square() for one in (x, y, step))
     cosine = (xx + yy - dd) / 2 / (xx * yy).sqrt().clamp_min(_TINY)
     turn, bend = 1 - cosine, torch.log(dd + _TINY) - torch.log(xx + _TINY)
-    gain = torch.log(yy + _TINY) - torch.log(xx + _TINY)
+    # How much of the step is along the input: free of the step's size, which grows a lot in training.
+    push = (yy - xx - dd) / 2 / (xx * dd).sqrt().clamp_min(_TINY)
     sum_xx, sum_yy, sum_dd = xx.sum(1) + _TINY, yy.sum(1) + _TINY, dd.sum(1) + _TINY
-    changes = (x.signbit() != y.signbit()).float().mean((1, 2))
+    changes = _changed_signs(inputs, outputs)
     spread = (sum_dd / x.shape[1]).sqrt()
     own = step.mean(1)
     wander = (own - mean_step).norm(dim=1) / spread
     along = torch.nn.functional.cosine_similarity(own, mean_step[None], dim=1)
-    shape = step.abs().mean((1, 2)) * x.shape[2] ** 0.5 / spread
+    roughness = torch.linalg.vector_norm(step.flatten(1), 1, dim=1) / step[0].numel()
+    shape = roughness * x.shape[2] ** 0.5 / spread
     return _columns(
         n,
         torch.log(turn.mean(1).clamp_min(1e-6)),
         torch.log(changes + _SIGN_FLOOR),
         torch.log(sum_dd / sum_xx),
-        torch.log(sum_yy / sum_xx),
+        (sum_yy - sum_xx - sum_dd) / 2 / (sum_xx * sum_dd).sqrt(),
         torch.log(wander + _TINY),
-        along,
+        torch.log((1 - along).clamp_min(0) + 0.01),
         torch.log(shape + _TINY),
         torch.log(turn.amax(1).clamp_min(1e-6)),
         bend.amax(1),
         bend.amin(1),
-        gain.amax(1),
-        gain.amin(1),
+        push.amax(1),
+        push.amin(1),
     )
-
-
-def _squares(tokens: Tensor) -> Tensor:
-    return torch.einsum("npw,npw->np", tokens, tokens)
 
 
 def _columns(n: int, *features: Tensor) -> Floats:

@@ -24,11 +24,13 @@ class Capital:
     def __init__(self, peers: int, games: int, kinds: int) -> None:
         self._running = np.full((peers, games, kinds, len(EXPONENTS)), -np.inf)
         self._seen = np.zeros((peers, games))
+        self._log = np.zeros(peers)
 
     def forget(self, row: int) -> None:
         """Start a row anew, for another peer."""
         self._running[row] = -np.inf
         self._seen[row] = 0
+        self._log[row] = 0
 
     def bet(self, rows: npt.NDArray[np.intp], game: int, p: Floats) -> None:
         """Play one p-value (n, K) for each of n *different* rows.
@@ -42,6 +44,7 @@ class Capital:
         before = np.logaddexp(self._running[rows, game], stake[:, None, None])
         self._running[rows, game] = before + gain
         self._seen[rows, game] = seen + 1
+        self._add_up(rows)
 
     def refund(self, row: int, game: int, p: Floats) -> None:
         """Take back one bet on p (K,) that should not have been played, as if p had been 1.
@@ -49,12 +52,15 @@ class Capital:
         Exact if it was the row's last; after later bets too little is left, never too much.
         """
         self._running[row, game] -= (EXPONENTS - 1) * np.log(p)[:, None]
+        self._add_up(np.array([row]))
 
     def log_capital(self, rows: npt.NDArray[np.intp]) -> Floats:
-        """(n,) log of all capital of each row: 0 at the start, at least -log(1/alpha) when to be banned."""
-        running, seen = self._running[rows], self._seen[rows]
-        waiting = np.log(_START_SCALE / (seen + _START_SCALE))[:, :, None, None]
-        every = np.logaddexp(running, waiting).reshape(len(rows), -1)
+        """(n,) log of all capital of each row: 0 at the start, at least -log(alpha) when to be banned."""
+        log: Floats = self._log[rows]
+        return log
+
+    def _add_up(self, rows: npt.NDArray[np.intp]) -> None:
+        waiting = np.log(_START_SCALE / (self._seen[rows] + _START_SCALE))[:, :, None, None]
+        every = np.logaddexp(self._running[rows], waiting).reshape(len(rows), -1)
         highest = every.max(1)
-        total: Floats = highest + np.log(np.exp(every - highest[:, None]).mean(1))
-        return total
+        self._log[rows] = highest + np.log(np.exp(every - highest[:, None]).mean(1))

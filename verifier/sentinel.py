@@ -16,7 +16,7 @@ from torch import Tensor
 
 from verifier import features
 from verifier.audit import Auditor
-from verifier.baseline import Centring, MeanTensor
+from verifier.baseline import Centring, MeanTensor, Spread
 from verifier.cascade import Cascade
 from verifier.conformal import Window, p_values
 from verifier.detector import Court, Detector, Hearing
@@ -39,7 +39,8 @@ class Settings:
     `alpha`: the chance of ever banning an honest peer by evidence alone. `refuse`: the p-value of a
     family of features at which a tensor is odd: heard or refused. `outlier`: the score, in robust standard deviations,
     that is odd while the reference is too short for ranks. `window`: accepted scores
-    remembered a stream. `probation`: rounds a score waits before it is believed. `memory`: weight of the old mean
+    remembered a stream. `probation`: rounds a score waits before it is believed. `margin`: what
+    p-values are multiplied by before they are bet on, since a stream that drifts is not quite exchangeable. `memory`: weight of the old mean
     tensor per hop, by direction (the paper's 0.9 and 0.8 for a step of 8 replicas). `peers`: how many are monitored.
     `recompute`: the share of all compute that recomputation may take; 0 is off. The rest is for ablations.
     """
@@ -47,13 +48,14 @@ class Settings:
     alpha: float = 1e-3
     refuse: float = 1 / 500
     outlier: float = 8.0
-    window: int = 1024
+    window: int = 512
     probation: int = 4
+    margin: float = 2.0
     memory: dict[Direction, float] = field(
         default_factory=lambda: {Direction.ACTIVATION: 0.9 ** (1 / 8), Direction.GRADIENT: 0.8 ** (1 / 8)}
     )
     peers: int = 1024
-    recompute: float = 0.01
+    recompute: float = 0.009
     families: tuple[str, ...] = ("marginal", "transition", "tokens")
     centring: bool = True
     counter: bool = False
@@ -61,19 +63,21 @@ class Settings:
 
 @dataclass
 class _StreamState:
-    """What is known of one stream: 24 KiB of scores, two mean tensors, centres and spreads."""
+    """What is known of one stream: 12 KiB of scores, two mean tensors, centres and spreads."""
 
     mean: MeanTensor
     mean_step: MeanTensor
     marginal: Centring
     transition: Centring
+    spread: Spread
     reference: Window
     waiting: deque[tuple[int, npt.NDArray[np.intp], Floats]] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
 class Screening:
-    """What `screen` saw of N hops. `raw` (N,) is the highest score before the cascade's discount. `confirmed`, by
+    """What `screen` saw of N hops. `raw` (N,) are the highest scores before any
+    discount, `unspread` (N, K) those after the cascade's. `confirmed`, by
     position, are refusals that a hop proves wrong. `wanted` (N,) should be heard if affordable."""
 
     hops: Hops
@@ -84,6 +88,7 @@ class Screening:
     transition: Floats | None
     transition_residuals: Floats | None
     raw: Floats
+    unspread: Floats
     scores: Floats
     p: Floats
     confirmed: dict[int, list[Refusal]]
@@ -139,7 +144,7 @@ class Sentinel(Detector):
 
     def screen(self, hops: Hops, quorum: int) -> Screening:
         """Measure and rank N hops of one stream; `quorum` is the court's. Changes nothing but the roster."""
-        settings, state = self.settings, self._state(hops)
+        state = self._state(hops)
         rows = self._roster.rows(hops.peers)
         marginal = self._marginal(hops, state)
         transition = self._transition(hops, state)
@@ -150,14 +155,15 @@ class Sentinel(Detector):
         if transition is not None:
             transition_residuals = state.transition.residuals(transition, trusted)
         scores = self._scores(marginal_residuals, transition_residuals)
-        raw = scores.max(1)
-        scores /= self._cascade.discount(hops)[:, None]
-        scores[~valid] = np.inf
+        unspread = scores / self._cascade.discount(hops)[:, None]
+        raw, scores = scores.max(1), unspread
+        if self.settings.centring:
+            scores = unspread / state.spread.discount(unspread, trusted)
+        scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
         odd = self._odd(state, scores, p)
         confirmed = self._refusals.confirmed(hops, rows, quorum)
-        suspect = self._evidence(rows) >= self._ladder.top / 3
-        wanted = odd | suspect
+        wanted = odd | (self._evidence(rows) >= self._ladder.top / 3)
         wanted[list(confirmed)] = False
         return Screening(
             hops,
@@ -168,6 +174,7 @@ class Sentinel(Detector):
             transition,
             transition_residuals,
             raw,
+            unspread,
             scores,
             p,
             confirmed,
@@ -194,6 +201,7 @@ class Sentinel(Detector):
                 MeanTensor(memory),
                 Centring(len(features.MARGINAL), follow_replicas=follow),
                 Centring(count, follow_replicas=follow),
+                Spread(len(self.settings.families)),
                 Window(len(self.settings.families), self.settings.window),
             )
         return state
@@ -255,7 +263,7 @@ class Sentinel(Detector):
         refused = (screening.odd & ~innocent) | convicted
         bans = self._ban(screening, convicted, guilty, evidence)
         self._flags[rows[screening.odd & ~innocent]] += 1
-        self._refusals.note(hops, rows, screening.p, refused)
+        self._refusals.note(hops, rows, self._bettable(screening.p), refused)
         self._cascade.note(hops, screening.raw, ~refused & screening.valid, innocent)
         self._learn(screening, ~refused)
         return Judgement(refused, bans)
@@ -263,12 +271,16 @@ class Sentinel(Detector):
     def _weigh(self, screening: Screening, innocent: Mask) -> None:
         """Bet on each hop's p-values; a hop found innocent counts as the most ordinary one."""
         game = _GAMES[screening.hops.direction]
-        p = np.where(innocent[:, None], 1.0, screening.p)
+        p = np.where(innocent[:, None], 1.0, self._bettable(screening.p))
         for places in in_turns(screening.rows):
             rows = screening.rows[places]
             self._samples[rows] += 1
             self._capital.bet(rows, game, p[places])
             self._violations.count(rows, screening.odd[places] & ~innocent[places])
+
+    def _bettable(self, p: Floats) -> Floats:
+        wary: Floats = np.minimum(1.0, self.settings.margin * p)
+        return wary
 
     def _ban(self, screening: Screening, convicted: Mask, guilty: Mask, evidence: Floats) -> tuple[Ban, ...]:
         hops, bans = screening.hops, []
@@ -291,11 +303,13 @@ class Sentinel(Detector):
         chosen = np.flatnonzero(good)
         if not len(chosen):
             return
-        state.mean.update(hops.outputs[chosen].mean(1))
+        state.spread.learn(screening.unspread[chosen])
+        hops = hops if len(chosen) == len(hops) else hops.take(chosen)
+        state.mean.update(hops.outputs.mean(1))
         state.marginal.learn(screening.marginal[chosen], screening.marginal_residuals[chosen])
         if screening.transition is not None and screening.transition_residuals is not None:
             assert hops.inputs is not None
-            state.mean_step.update(features.mean_steps(hops.inputs[chosen], hops.outputs[chosen]))
+            state.mean_step.update(features.mean_steps(hops.inputs, hops.outputs))
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
         state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))
         self._end_probation(state, hops.round)
