@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,12 +20,14 @@ from benchmarks.mesh_config import MeshConfig
 from benchmarks.mesh_court import COST, MeshCourt
 from benchmarks.mesh_crew import Crew
 from benchmarks.mesh_data import MeshData
-from benchmarks.mesh_exchange import Boundary, Tally
+from benchmarks.mesh_exchange import Boundary, Crossing, Tally
 from benchmarks.mesh_stage import MeshStage
 from verifier.detector import Detector
 from verifier.registry import make_detector
 from verifier.streams import Direction, Mask
 
+Workers = npt.NDArray[np.int64]
+"""(stages, M): the replica that has each microbatch at each stage."""
 Progress = Callable[[int], None]
 """Called after each round with its number."""
 
@@ -71,56 +74,49 @@ class Mesh:
         for stage in self.stages:
             stage.step()
 
-    def _forward(self, round: int, tokens: Tensor, workers: np.ndarray) -> tuple[Tensor, Mask]:  # type: ignore[type-arg]
+    def _forward(self, round: int, tokens: Tensor, workers: Workers) -> tuple[Tensor, Mask]:
         arrived, alive = tokens, np.ones(len(tokens), dtype=np.bool_)
         for stage in self.stages[:-1]:
             honest = stage.forward(arrived)
-            first = stage.index == 0
+            # A head receives tokens, of which no output can be a small change: attackers see their own output instead.
+            received, inputs = (honest, None) if stage.index == 0 else (arrived, arrived)
             self.work += COST[Direction.ACTIVATION] * int(alive.sum())
-            arrived, alive = self.boundary.pass_on(
+            crossing = Crossing(
                 stage.index,
                 Direction.ACTIVATION,
                 round,
                 workers[stage.index],
-                alive,
-                honest if first else arrived,
-                None if first else arrived,
+                received,
+                inputs,
                 honest,
                 stage.redo_activation,
             )
+            arrived, alive = self.boundary.pass_on(crossing, alive)
         return arrived, alive
 
-    def _backward(
-        self,
-        round: int,
-        arrived: Tensor,
-        labels: Tensor,
-        alive: Mask,
-        workers: np.ndarray,  # type: ignore[type-arg]
-    ) -> None:
-        tail = self.stages[-1]
+    def _backward(self, round: int, arrived: Tensor, labels: Tensor, alive: Mask, workers: Workers) -> None:
         try:
-            _, honest = tail.loss_backward(arrived, labels, torch.from_numpy(alive))
+            honest = self.stages[-1].loss_backward(arrived, labels, torch.from_numpy(alive))
         except ValueError:
             return  # The loss overflowed: nothing to learn from this round.
+        # A tail receives activations and labels; its gradient has no input of its own kind that a verifier could see.
         received, inputs = arrived, None
         for stage in reversed(self.stages[1:]):
             self.work += 2 * COST[Direction.ACTIVATION] * int(alive.sum())
-            received, alive = self.boundary.pass_on(
+            crossing = Crossing(
                 stage.index,
                 Direction.GRADIENT,
                 round,
                 workers[stage.index],
-                alive,
                 received,
                 inputs,
                 honest,
                 stage.redo_gradient,
             )
+            received, alive = self.boundary.pass_on(crossing, alive)
             inputs = received
-            sender = self.stages[stage.index - 1]
-            grad = sender.backward(received, torch.from_numpy(alive))
-            honest = received if grad is None else grad
+            gradient = self.stages[stage.index - 1].backward(received, torch.from_numpy(alive))
+            honest = received if gradient is None else gradient
 
     def validation_loss(self) -> float:
         """Nats per token on the held-out text, by the honest weights."""

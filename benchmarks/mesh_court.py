@@ -15,7 +15,7 @@ COST = {Direction.ACTIVATION: 1.0, Direction.GRADIENT: 3.0}
 
 
 class MeshCourt:
-    """One replica recomputes; if it differs, others do until a majority of the stage is against the suspect, or none is left.
+    """One replica recomputes; if it differs, others do, until a majority of the stage is against the suspect.
 
     Honest replicas, and attackers outside the ring, answer what they compute: to be caught lying in court is worse
     than to work. Colluders vouch for what a colluder sent, and otherwise work too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,24 @@ from verifier.streams import Ban, Direction, Hops, Judgement, Mask, StageIndex
 Rows = npt.NDArray[np.intp]
 Redo = Callable[[int, int], Tensor]
 """(microbatch, versions ago) -> the honest tensor on those weights."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """All that is about to cross one boundary in one round: M microbatches, (M, B, T, W) each.
+
+    `workers` (M,) hold the microbatches and change when one is given to another; -1 is nobody. `received` is what the
+    workers see as their input, `inputs` what a verifier can see of it, `honest` what they should send.
+    """
+
+    stage: StageIndex
+    direction: Direction
+    round: int
+    workers: npt.NDArray[np.int64]
+    received: Tensor
+    inputs: Tensor | None
+    honest: Tensor
+    redo: Redo
 
 
 @dataclass
@@ -49,54 +68,31 @@ class Boundary:
         self._sampler = np.random.default_rng((config.seed, 3))
         self.tally = Tally()
 
-    def pass_on(
-        self,
-        stage: StageIndex,
-        direction: Direction,
-        round: int,
-        workers: npt.NDArray[np.int64],
-        active: Mask,
-        received: Tensor,
-        inputs: Tensor | None,
-        honest: Tensor,
-        redo: Redo,
-    ) -> tuple[Tensor, Mask]:
-        """What arrives for honest outputs (M, B, T, W), and which microbatches (M,) are still alive.
-
-        `received` is what attackers see as their input, `inputs` what a verifier can see of it. Changes `workers` where
-        a microbatch went to another replica.
-        """
-        passed, alive = honest.clone(), active.copy()
+    def pass_on(self, crossing: Crossing, active: Mask) -> tuple[Tensor, Mask]:
+        """What arrives (M, B, T, W), and which of the `active` microbatches (M,) are still alive."""
+        passed, alive, workers = crossing.honest.clone(), active.copy(), crossing.workers
         tried: dict[int, set[int]] = {}
         pending = np.flatnonzero(active)
         for attempt in range(self._config.retries + 1):
-            pending = self._place(stage, workers, pending, tried, retry=attempt > 0)
+            pending = self._place(crossing, pending, tried, retry=attempt > 0)
             if not len(pending):
                 break
-            sent = self._send(stage, direction, round, workers, pending, received, honest, redo, inputs)
-            refused = self._judge(sent, workers, pending, round)
+            sent = self._send(crossing, pending)
+            refused = self._judge(sent)
             usable = ~refused & sent.delivered & _finite(sent.outputs)
             passed[pending[usable]] = sent.outputs[usable]
             # What is unusable though nobody refused it is lost: without a detector there is no one to ask for a retry.
             alive[pending[~refused & ~usable]] = False
             pending = pending[refused]
-        alive &= ~np.isin(np.arange(len(alive)), pending)
+        alive[pending] = False
         alive &= workers >= 0
         self.tally.dropped += int(active.sum() - alive.sum())
         passed[~alive] = 0
         return passed, alive
 
-    def _place(
-        self,
-        stage: StageIndex,
-        workers: npt.NDArray[np.int64],
-        pending: Rows,
-        tried: dict[int, set[int]],
-        *,
-        retry: bool,
-    ) -> Rows:
+    def _place(self, crossing: Crossing, pending: Rows, tried: dict[int, set[int]], *, retry: bool) -> Rows:
         """Give refused microbatches, and those of workers banned meanwhile, to another replica; those that have one."""
-        placed = []
+        placed, workers, stage = [], crossing.workers, crossing.stage
         for row in pending.tolist():
             before = tried.setdefault(row, set())
             if retry or (stage, int(workers[row])) in self._crew.banned:
@@ -108,45 +104,47 @@ class Boundary:
                 placed.append(row)
         return np.asarray(placed, dtype=np.intp)
 
-    def _send(
-        self,
-        stage: StageIndex,
-        direction: Direction,
-        round: int,
-        workers: npt.NDArray[np.int64],
-        pending: Rows,
-        received: Tensor,
-        honest: Tensor,
-        redo: Redo,
-        inputs: Tensor | None,
-    ) -> Hops:
-        """The hops as they arrive from the chosen workers, corrupted or not."""
-        outputs = honest[pending].clone()
+    def _send(self, crossing: Crossing, pending: Rows) -> Hops:
+        """The hops as they arrive from the workers, corrupted or not."""
+        outputs = crossing.honest[pending].clone()
         delivered = np.ones(len(pending), dtype=np.bool_)
         for place, row in enumerate(pending.tolist()):
-            worker = (stage, int(workers[row]))
-            saboteur = self._crew.saboteurs.get(worker)
-            if saboteur is None:
+            sent = self._corrupt(crossing, row)
+            if sent is None:
                 continue
-            view = View(
-                direction,
-                stage,
-                round,
-                row,
-                peer_name(worker),
-                received[row],
-                saboteur.state(direction),
-                lambda versions, row=row: redo(row, versions),
-            )
-            sent = saboteur.send(honest[row], view)
-            delivered[place] = sent.shape == honest[row].shape
+            delivered[place] = sent.shape == outputs[place].shape
             if delivered[place]:
                 outputs[place] = sent
-        peers = tuple(peer_name((stage, int(workers[row]))) for row in pending)
-        shown = None if inputs is None else inputs[pending]
-        return Hops(stage, direction, round, peers, tuple(pending.tolist()), shown, outputs, delivered)
+        return Hops(
+            crossing.stage,
+            crossing.direction,
+            crossing.round,
+            tuple(peer_name((crossing.stage, int(crossing.workers[row]))) for row in pending),
+            tuple(pending.tolist()),
+            None if crossing.inputs is None else crossing.inputs[pending],
+            outputs,
+            delivered,
+        )
 
-    def _judge(self, hops: Hops, workers: npt.NDArray[np.int64], pending: Rows, round: int) -> Mask:
+    def _corrupt(self, crossing: Crossing, row: int) -> Tensor | None:
+        """What a malicious worker sends for a microbatch; None from an honest one, who sends the honest output."""
+        worker = (crossing.stage, int(crossing.workers[row]))
+        saboteur = self._crew.saboteurs.get(worker)
+        if saboteur is None:
+            return None
+        view = View(
+            crossing.direction,
+            crossing.stage,
+            crossing.round,
+            row,
+            peer_name(worker),
+            crossing.received[row],
+            saboteur.state(crossing.direction),
+            partial(crossing.redo, row),
+        )
+        return saboteur.send(crossing.honest[row], view)
+
+    def _judge(self, hops: Hops) -> Mask:
         """Have the sampled hops judged and carry out the bans. (N,) which hops are refused."""
         begun = time.perf_counter()
         refused = np.zeros(len(hops), dtype=np.bool_)
@@ -158,7 +156,7 @@ class Boundary:
             refused[rows] = judgement.refused
             self._enforce(judgement)
         self.tally.verify_seconds += time.perf_counter() - begun
-        self._count(hops, refused, round)
+        self._count(hops, refused)
         return refused
 
     def _sample(self, hops: Hops) -> Mask:
@@ -175,11 +173,11 @@ class Boundary:
                 self._crew.banned.add((stage, replica))
                 self.tally.bans.append(ban)
 
-    def _count(self, hops: Hops, refused: Mask, round: int) -> None:
+    def _count(self, hops: Hops, refused: Mask) -> None:
         for peer, was_refused in zip(hops.peers, refused, strict=True):
             stage, replica = (int(part) for part in peer.split("/"))
             saboteur = self._crew.saboteurs.get((stage, replica))
-            if saboteur is not None and saboteur.acts(hops.direction, round):
+            if saboteur is not None and saboteur.acts(hops.direction, hops.round):
                 self.tally.corrupt_hops += 1
                 self.tally.corrupt_refused += bool(was_refused)
             elif saboteur is None:

@@ -51,18 +51,19 @@ class MeshStage:
         self._taken = None
         return None if grad is None else grad.view(gradient.shape)
 
-    def loss_backward(self, received: Tensor, labels: Tensor, active: Tensor) -> tuple[float, Tensor]:
-        """Last stage: mean loss over active microbatches, and each microbatch's own mean-loss gradient (M, B, T, W)."""
+    def loss_backward(self, received: Tensor, labels: Tensor, active: Tensor) -> Tensor:
+        """Last stage: the gradient (M, B, T, W) of each active microbatch's own mean loss.
+
+        Raises `ValueError` if the loss is not finite.
+        """
         self._received = received
         self._labels = labels
         self._contributions = 1  # The mean over microbatches is already taken.
         counted = torch.where(active[:, None, None], labels, -100)
-        loss, grad = self.trainer.loss_backward(
-            received.flatten(0, 1), counted.flatten(0, 1), accumulate=True
-        )
+        _, grad = self.trainer.loss_backward(received.flatten(0, 1), counted.flatten(0, 1), accumulate=True)
         if grad is None:
             raise RuntimeError("a mesh has more than one stage")
-        return loss, grad.view(received.shape) * int(active.sum())
+        return grad.view(received.shape) * int(active.sum())
 
     def step(self) -> None:
         """The optimizer step with the mean over the microbatches that contributed; none if none did."""

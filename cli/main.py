@@ -7,6 +7,7 @@ import sys
 import typer
 
 from cli.bootstrap import bootstrap
+from cli.experiment import experiment
 from cli.init import init
 from cli.join import join
 from cli.simulate import simulate
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-for command in (init, bootstrap, join, simulate):
+for command in (init, bootstrap, join, simulate, experiment):
     app.command()(command)
 
 

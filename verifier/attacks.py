@@ -173,7 +173,8 @@ class Drift(Attack):
         sent = view.state["sent"] = view.state.get("sent", 0) + 1
         generator = torch.Generator().manual_seed(self.seed)
         direction = torch.randn(output.shape[-1], generator=generator)
-        return output + self.deviations * sent / 100 * output.std() * direction
+        drifted: Tensor = output + self.deviations * sent / 100 * output.std() * direction
+        return drifted
 
 
 class _KnowsTheStream(Attack):

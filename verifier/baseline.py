@@ -33,49 +33,47 @@ class MeanTensor:
 class Centring:
     """Residuals of F features: what is left after the stream's centre is taken away, in units of its spread.
 
-    Replicas of a stage hold the same weights, so what moves all of them in one step is drift and not an attack. The
-    centre is halfway between the slowly learned one and the median of this step's replicas, where there are enough of
-    them. If their median is far off, the past is out of date, and the median stands alone (an honest majority).
+    Replicas of a stage hold the same weights, so what moves all of them in one step is drift and not an attack. Where
+    a whole *group* of replicas is seen at once (so many that the honest are its majority), the step's centre is halfway
+    between the slowly learned one and their median; if their median is far off, the past is out of date, and the median
+    stands alone. Hops of the same round that come later, alone, use the step's centre too.
     """
 
-    enough = 3
     outdated = 4.0
 
-    def __init__(self, features: int, *, follow_replicas: bool = True) -> None:
+    def __init__(self, features: int) -> None:
         self._centre = np.zeros(features)
         self._scale = np.ones(features)
-        self._follow = follow_replicas
+        self._step: tuple[int, Floats] | None = None
         self._seen = 0
 
-    def residuals(self, values: Floats, trusted: Mask) -> Floats:
-        """(N, F) standardised residuals of values (N, F); the step's median is taken over `trusted` (N,) rows."""
+    def residuals(self, values: Floats, round: int, group: Mask | None) -> Floats:
+        """(N, F) standardised residuals of values (N, F). `group` (N,): the rows to take the step's median over."""
         if self._seen == 0:
             self._start(values)
-        standard: Floats = (values - self._step_centre(values, trusted)) / self._scale
+        if group is not None:
+            self._step = round, self._follow(np.median(values[group], axis=0))
+        known = self._step is not None and self._step[0] == round
+        centre = self._step[1] if known and self._step is not None else self._centre
+        standard: Floats = (values - centre) / self._scale
         return standard
 
     def learn(self, values: Floats, residuals: Floats) -> None:
         """Learn from accepted values (n, F) and the residuals that `residuals` gave for them."""
         n = len(values)
-        if n == 0:
-            return
         self._seen += n
         # A mean while young, then exponential forgetting over 32 hops for the centre and 96 for the spread.
         quick, slow = (max(n / (self._seen + n), 1 - (1 - 1 / hops) ** n) for hops in (32, 96))
-        self._centre += quick * (np.median(values, axis=0) - self._centre)
+        self._centre = self._centre + quick * (np.median(values, axis=0) - self._centre)
         spread = np.minimum(np.abs(residuals), 5.0).mean(0) / _GAUSSIAN_MEAN_ABSOLUTE
-        self._scale *= 1 + slow * (spread - 1)
-        np.maximum(self._scale, _SCALE_FLOOR, out=self._scale)
+        self._scale = np.maximum(self._scale * (1 + slow * (spread - 1)), _SCALE_FLOOR)
 
     def _start(self, values: Floats) -> None:
         self._centre = np.median(values, axis=0)
         deviation = 1.4826 * np.median(np.abs(values - self._centre), axis=0)
         self._scale = np.maximum(deviation, 0.05 * np.maximum(np.abs(self._centre), 0.1))
 
-    def _step_centre(self, values: Floats, trusted: Mask) -> Floats:
-        if not self._follow or trusted.sum() < self.enough:
-            return self._centre
-        median = np.median(values[trusted], axis=0)
+    def _follow(self, median: Floats) -> Floats:
         shift = median - self._centre
         followed: Floats = self._centre + np.where(
             np.abs(shift) > self.outdated * self._scale, shift, shift / 2
@@ -86,27 +84,26 @@ class Centring:
 class Spread:
     """How far apart the replicas of a step are, against what is usual: what moves most of them is not one's fault.
 
-    With a minority of attackers the median replica is honest, or between honest ones. If even its score is higher than
-    usual, the stage as a whole has become rougher, and all scores are divided by as much.
+    The median replica of a group is honest, or between honest ones. If even its score is higher than usual, the stage
+    as a whole has become rougher, and all scores of the step are divided by as much.
     """
-
-    enough = 3
 
     def __init__(self, kinds: int) -> None:
         self._usual = np.ones(kinds)
+        self._step: tuple[int, Floats] | None = None
         self._seen = 0
 
-    def discount(self, scores: Floats, trusted: Mask) -> Floats:
-        """(K,) what to divide scores (N, K) of one step by, at least 1."""
-        if trusted.sum() < self.enough:
+    def discount(self, scores: Floats, round: int, group: Mask | None) -> Floats:
+        """(K,) what to divide scores (N, K) by, at least 1; rows and rounds as in `Centring.residuals`."""
+        if group is not None:
+            self._step = round, np.maximum(1.0, np.median(scores[group], axis=0) / self._usual)
+        if self._step is None or self._step[0] != round:
             return np.ones(scores.shape[1])
-        excess: Floats = np.maximum(1.0, np.median(scores[trusted], axis=0) / self._usual)
-        return excess
+        return self._step[1]
 
     def learn(self, scores: Floats) -> None:
         """Learn from the undiscounted scores (n, K) of accepted hops."""
         n = len(scores)
         self._seen += n
         quick = max(n / (self._seen + n), 1 - (1 - 1 / 64) ** n)
-        self._usual += quick * (np.median(scores, axis=0) - self._usual)
-        np.maximum(self._usual, 1e-3, out=self._usual)
+        self._usual = np.maximum(self._usual + quick * (np.median(scores, axis=0) - self._usual), 1e-3)

@@ -95,9 +95,8 @@ class Marginal(Detector):
 
     def _flag(self, hops: Hops, state: _Baseline, distances: Floats) -> Mask:
         if hops.round < self.settings.warmup or len(state.distances) < self.enough:
-            return ~np.isfinite(distances).all(1)
-        flagged: Mask = (distances > state.fences(self.settings.multiplier)).any(1)
-        return flagged
+            return np.asarray(~np.isfinite(distances).all(axis=1))
+        return np.asarray((distances > state.fences(self.settings.multiplier)).any(axis=1))
 
     def _suspend(self, hops: Hops, flagged: Mask, suspended: Mask) -> None:
         """A flagged microbatch is not checked elsewhere, until its stage delivers a tensor that passes."""

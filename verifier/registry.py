@@ -27,7 +27,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-centring": {"centring": False},
     "counter": {"counter": True},
     "no-recompute": {"recompute": 0.0},
-} | {f"no-{family}": {"families": tuple(one for one in _FAMILIES if one != family)} for family in _FAMILIES}
+    **{
+        f"no-{family}": {"families": tuple(one for one in _FAMILIES if one != family)} for family in _FAMILIES
+    },
+}
 
 
 def make_detector(spec: str, warmup: int = 0) -> Detector:

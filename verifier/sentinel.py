@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from verifier import features
 from verifier.audit import Auditor
@@ -36,13 +34,16 @@ _GAMES = {Direction.ACTIVATION: 0, Direction.GRADIENT: 1}
 class Settings:
     """Every number that `sentinel` has. None of them was chosen for a particular attack.
 
-    `alpha`: the chance of ever banning an honest peer by evidence alone. `refuse`: the p-value of a
-    family of features at which a tensor is odd: heard or refused. `outlier`: the score, in robust standard deviations,
-    that is odd while the reference is too short for ranks. `window`: accepted scores
-    remembered a stream. `probation`: rounds a score waits before it is believed. `margin`: what
-    p-values are multiplied by before they are bet on, since a stream that drifts is not quite exchangeable. `memory`: weight of the old mean
-    tensor per hop, by direction (the paper's 0.9 and 0.8 for a step of 8 replicas). `peers`: how many are monitored.
-    `recompute`: the share of all compute that recomputation may take; 0 is off. The rest is for ablations.
+    - `alpha`: the chance of ever banning an honest peer by evidence alone.
+    - `refuse`: the p-value of a family of features at which a tensor is odd: heard in court or refused.
+    - `outlier`: the score, in robust standard deviations, that is odd while there are too few scores for ranks.
+    - `window`: accepted scores remembered a stream.
+    - `probation`: rounds that a score waits before it is believed.
+    - `margin`: what p-values are multiplied by before they are bet on: a stream that drifts is not quite exchangeable.
+    - `memory`: weight of the old mean tensor per hop (the paper's 0.9 and 0.8 for a step of 8 replicas).
+    - `peers`: how many are monitored.
+    - `recompute`: the share of all compute that recomputation may take; 0 is off.
+    - `families`, `centring`, `counter` are for ablations.
     """
 
     alpha: float = 1e-3
@@ -128,7 +129,7 @@ class Sentinel(Detector):
             return np.ones(len(hops), dtype=np.bool_)
         values = self._marginal(hops, state)
         valid = self._valid(hops, values)
-        residuals = state.marginal.residuals(values, np.zeros(len(hops), dtype=np.bool_))
+        residuals = state.marginal.residuals(values, hops.round, None)
         return ~valid | (_size(residuals) > self.settings.outlier)
 
     def standing(self, peer: Peer) -> Standing:
@@ -149,16 +150,14 @@ class Sentinel(Detector):
         marginal = self._marginal(hops, state)
         transition = self._transition(hops, state)
         valid = self._valid(hops, marginal)
-        trusted = valid & (self._evidence(rows) < self._ladder.top / 3)
-        marginal_residuals = state.marginal.residuals(marginal, trusted)
+        group = self._group(hops, rows, valid, quorum)
+        marginal_residuals = state.marginal.residuals(marginal, hops.round, group)
         transition_residuals = None
         if transition is not None:
-            transition_residuals = state.transition.residuals(transition, trusted)
+            transition_residuals = state.transition.residuals(transition, hops.round, group)
         scores = self._scores(marginal_residuals, transition_residuals)
         unspread = scores / self._cascade.discount(hops)[:, None]
-        raw, scores = scores.max(1), unspread
-        if self.settings.centring:
-            scores = unspread / state.spread.discount(unspread, trusted)
+        raw, scores = scores.max(1), unspread / state.spread.discount(unspread, hops.round, group)
         scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
         odd = self._odd(state, scores, p)
@@ -182,25 +181,31 @@ class Sentinel(Detector):
             wanted,
         )
 
+    def _group(self, hops: Hops, rows: npt.NDArray[np.intp], valid: Mask, quorum: int) -> Mask | None:
+        """(N,) the rows to centre on, if so many peers are here that fewer attackers than `quorum` are outnumbered."""
+        trusted = valid & (self._evidence(rows) < self._ladder.top / 3)
+        whole = len(set(hops.peers)) >= 2 * quorum - 1 and bool(trusted.any())
+        return trusted if self.settings.centring and whole else None
+
     def _odd(self, state: _StreamState, scores: Floats, p: Floats) -> Mask:
         """By rank; by size while there are too few scores to rank against."""
         known = len(state.reference)
         if known < _RANKABLE:
             odd: Mask = scores.max(1) > self.settings.outlier
             return odd
-        return p.min(1) <= max(self.settings.refuse, 1 / (1 + known))
+        rare: Mask = p.min(1) <= max(self.settings.refuse, 1 / (1 + known))
+        return rare
 
     def _state(self, hops: Hops) -> _StreamState:
         state = self._streams.get(hops.stream)
         if state is None:
             memory = self.settings.memory[hops.direction]
             count = len(features.TRANSITION) + len(features.TOKENS)
-            follow = self.settings.centring
             state = self._streams[hops.stream] = _StreamState(
                 MeanTensor(memory),
                 MeanTensor(memory),
-                Centring(len(features.MARGINAL), follow_replicas=follow),
-                Centring(count, follow_replicas=follow),
+                Centring(len(features.MARGINAL)),
+                Centring(count),
                 Spread(len(self.settings.families)),
                 Window(len(self.settings.families), self.settings.window),
             )
