@@ -189,7 +189,7 @@ def _ablation_table(results: list[Result]) -> Table:
         if one.case.row == results[0].case.row and one.case.config.attack
     ]
     columns = ("variant", *attacks, "mean F1", "rounds to ban", "false bans without attack")
-    note = "F1 by attack. All but the first and the last two rows are without recomputation, which would cover for more."
+    note = "F1 by attack. All rows but the first and the last two are without recomputation, which would hide much."
     return Table("Ablation", columns, tuple(rows), note)
 
 

@@ -82,11 +82,12 @@ def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor) -> Floats:
     n = outputs.shape[0]
     x, y = inputs.flatten(1, 2), outputs.flatten(1, 2)
     step = y - x
-    xx, yy, dd = (torch.linalg.vector_norm(one, dim=2).square() for one in (x, y, step))
-    cosine = (xx + yy - dd) / 2 / (xx * yy).sqrt().clamp_min(_TINY)
+    lx, ly, ld = (torch.linalg.vector_norm(one, dim=2) for one in (x, y, step))
+    xx, yy, dd = lx.square(), ly.square(), ld.square()
+    cosine = (xx + yy - dd) / 2 / (lx * ly).clamp_min(_TINY)
     turn, bend = 1 - cosine, torch.log(dd + _TINY) - torch.log(xx + _TINY)
     # How much of the step is along the input: free of the step's size, which grows a lot in training.
-    push = (yy - xx - dd) / 2 / (xx * dd).sqrt().clamp_min(_TINY)
+    push = (yy - xx - dd) / 2 / (lx * ld).clamp_min(_TINY)
     sum_xx, sum_yy, sum_dd = xx.sum(1) + _TINY, yy.sum(1) + _TINY, dd.sum(1) + _TINY
     changes = _changed_signs(inputs, outputs)
     spread = (sum_dd / x.shape[1]).sqrt()
@@ -99,8 +100,8 @@ def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor) -> Floats:
         n,
         torch.log(turn.mean(1).clamp_min(1e-6)),
         torch.log(changes + _SIGN_FLOOR),
-        torch.log(sum_dd / sum_xx),
-        (sum_yy - sum_xx - sum_dd) / 2 / (sum_xx * sum_dd).sqrt(),
+        torch.log(sum_dd) - torch.log(sum_xx),
+        (sum_yy - sum_xx - sum_dd) / 2 / (sum_xx.sqrt() * sum_dd.sqrt()),
         torch.log(wander + _TINY),
         torch.log((1 - along).clamp_min(0) + 0.01),
         torch.log(shape + _TINY),

@@ -150,6 +150,8 @@ class Sentinel(Detector):
         marginal = self._marginal(hops, state)
         transition = self._transition(hops, state)
         valid = self._valid(hops, marginal)
+        if transition is not None:
+            valid &= np.isfinite(transition).all(1)
         group = self._group(hops, rows, valid, quorum)
         marginal_residuals = state.marginal.residuals(marginal, hops.round, group)
         transition_residuals = None
