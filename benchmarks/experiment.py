@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from benchmarks.experiment_plan import Case
+from benchmarks.experiment_plan import Case, by_worth
 from benchmarks.mesh import run_mesh
 from benchmarks.mesh_report import summarise
 
@@ -31,13 +31,17 @@ class Result:
 
 
 def run_cases(cases: list[Case], out: Path, jobs: int, say: Say) -> list[Result]:
-    """Run what is not yet in `out`/runs, one line per finished run; all results, in the order of the cases."""
+    """Run what is not yet in `out`/runs, one line per finished run; all results, in the order of the cases.
+
+    Interrupted (Ctrl-C), the results so far.
+    """
     runs = out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    missing = {_key(case): case for case in cases if not _file(runs, case).is_file()}
+    missing = {_key(case): case for case in sorted(cases, key=by_worth) if not _file(runs, case).is_file()}
     if missing:
         _run_missing(list(missing.values()), runs, jobs, say)
-    return [Result(case, json.loads(_file(runs, case).read_text())) for case in cases]
+    finished = [(case, _file(runs, case)) for case in cases]
+    return [Result(case, json.loads(file.read_text())) for case, file in finished if file.is_file()]
 
 
 def _run_missing(cases: list[Case], runs: Path, jobs: int, say: Say) -> None:
@@ -45,11 +49,15 @@ def _run_missing(cases: list[Case], runs: Path, jobs: int, say: Say) -> None:
     # Processes of one thread each: small tensors gain nothing from threads. They are spawned, since torch cannot fork.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_use_one_thread) as pool:
         futures = {pool.submit(_run_case, case): case for case in cases}
-        for done, future in enumerate(as_completed(futures), 1):
-            case, summary = futures[future], future.result()
-            _write(_file(runs, case), json.dumps(summary))
-            left = (time.monotonic() - begun) / done * (len(cases) - done)
-            say(f"{done}/{len(cases)}  {_line(case, summary)}  {left / 60:.0f} min left")
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                case, summary = futures[future], future.result()
+                _write(_file(runs, case), json.dumps(summary))
+                left = (time.monotonic() - begun) / done * (len(cases) - done)
+                say(f"{done}/{len(cases)}  {_line(case, summary)}  {left / 60:.0f} min left")
+        except KeyboardInterrupt:
+            say("interrupted: tables of what is finished; start again to go on")
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _use_one_thread() -> None:

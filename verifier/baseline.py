@@ -37,20 +37,30 @@ class Centring:
     a whole *group* of replicas is seen at once (so many that the honest are its majority), the step's centre is halfway
     between the slowly learned one and their median; if their median is far off, the past is out of date, and the median
     stands alone. Hops of the same round that come later, alone, use the step's centre too.
+
+    A group makes it `ready` at once. Without one it is ready after `infancy` hops, of which a minority may be corrupt.
     """
 
     outdated = 4.0
+    infancy = 32
 
     def __init__(self, features: int) -> None:
         self._centre = np.zeros(features)
         self._scale = np.ones(features)
         self._step: tuple[int, Floats] | None = None
+        self._young: list[Floats] = []
         self._seen = 0
+        self.ready = False
 
     def residuals(self, values: Floats, round: int, group: Mask | None) -> Floats:
-        """(N, F) standardised residuals of values (N, F). `group` (N,): the rows to take the step's median over."""
-        if self._seen == 0:
-            self._start(values)
+        """(N, F) standardised residuals of values (N, F); 0 before it is ready.
+
+        `group` (N,): the rows to take the step's median over.
+        """
+        if not self.ready and group is not None:
+            self._start(values[group])
+        if not self.ready:
+            return np.zeros_like(values)
         if group is not None:
             self._step = round, self._follow(np.median(values[group], axis=0))
         known = self._step is not None and self._step[0] == round
@@ -60,6 +70,11 @@ class Centring:
 
     def learn(self, values: Floats, residuals: Floats) -> None:
         """Learn from accepted values (n, F) and the residuals that `residuals` gave for them."""
+        if not self.ready:
+            self._young += list(values)
+            if len(self._young) >= self.infancy:
+                self._start(np.array(self._young))
+            return
         n = len(values)
         self._seen += n
         # A mean while young, then exponential forgetting over 32 hops for the centre and 96 for the spread.
@@ -68,7 +83,12 @@ class Centring:
         spread = np.minimum(np.abs(residuals), 5.0).mean(0) / _GAUSSIAN_MEAN_ABSOLUTE
         self._scale = np.maximum(self._scale * (1 + slow * (spread - 1)), _SCALE_FLOOR)
 
+    def restart(self) -> None:
+        """Forget everything: the stream is no longer what it was."""
+        self.ready, self._young, self._step, self._seen = False, [], None, 0
+
     def _start(self, values: Floats) -> None:
+        self.ready, self._young = True, []
         self._centre = np.median(values, axis=0)
         deviation = 1.4826 * np.median(np.abs(values - self._centre), axis=0)
         self._scale = np.maximum(deviation, 0.05 * np.maximum(np.abs(self._centre), 0.1))

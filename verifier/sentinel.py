@@ -27,6 +27,8 @@ from verifier.violations import ViolationCounter
 
 # With fewer scores in the reference, being the highest of them means little.
 _RANKABLE = 100
+# Hops outside a group by which it is seen that a stream has changed as a whole.
+_LATEST = 12
 _GAMES = {Direction.ACTIVATION: 0, Direction.GRADIENT: 1}
 
 
@@ -72,6 +74,7 @@ class _StreamState:
     transition: Centring
     spread: Spread
     reference: Window
+    latest: deque[tuple[int, bool]] = field(default_factory=lambda: deque(maxlen=_LATEST))
     waiting: deque[tuple[int, npt.NDArray[np.intp], Floats]] = field(default_factory=deque)
 
 
@@ -95,6 +98,7 @@ class Screening:
     confirmed: dict[int, list[Refusal]]
     odd: Mask
     wanted: Mask
+    in_group: bool
 
 
 class Sentinel(Detector):
@@ -181,6 +185,7 @@ class Sentinel(Detector):
             confirmed,
             odd,
             wanted,
+            group is not None,
         )
 
     def _group(self, hops: Hops, rows: npt.NDArray[np.intp], valid: Mask, quorum: int) -> Mask | None:
@@ -272,6 +277,8 @@ class Sentinel(Detector):
         self._flags[rows[screening.odd & ~innocent]] += 1
         self._refusals.note(hops, rows, self._bettable(screening.p), refused)
         self._cascade.note(hops, screening.raw, ~refused & screening.valid, innocent)
+        if not screening.in_group:
+            self._notice_change(screening, innocent)
         self._learn(screening, ~refused)
         return Judgement(refused, bans)
 
@@ -318,8 +325,23 @@ class Sentinel(Detector):
             assert hops.inputs is not None
             state.mean_step.update(features.mean_steps(hops.inputs, hops.outputs))
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
-        state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))
+        if state.marginal.ready:
+            state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))
         self._end_probation(state, hops.round)
+
+    def _notice_change(self, screening: Screening, innocent: Mask) -> None:
+        """Start a baseline anew if most of the peers look odd by it: then it is not they who are.
+
+        In a group the step's median sees to that; this is for hops that come one by one.
+        """
+        state = self._state(screening.hops)
+        state.latest.extend(zip(screening.rows.tolist(), (screening.odd & ~innocent).tolist(), strict=True))
+        peers = {row for row, _ in state.latest}
+        odd = {row for row, was_odd in state.latest if was_odd}
+        if len(state.latest) == _LATEST and len(peers) >= 3 and 2 * len(odd) > len(peers):
+            state.latest.clear()
+            state.marginal.restart()
+            state.transition.restart()
 
     def _end_probation(self, state: _StreamState, round: int) -> None:
         """Believe the scores that have waited long enough, of peers that are still in good standing."""
