@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -46,17 +46,29 @@ def run_cases(cases: list[Case], out: Path, jobs: int, say: Say) -> list[Result]
 
 def _run_missing(cases: list[Case], runs: Path, jobs: int, say: Say) -> None:
     begun = time.monotonic()
-    # Processes of one thread each: small tensors gain nothing from threads. They are spawned, since torch cannot fork.
+    finished = _one_by_one(cases) if jobs == 1 else _side_by_side(cases, jobs)
+    try:
+        for done, (case, summary) in enumerate(finished, 1):
+            _write(_file(runs, case), json.dumps(summary))
+            left = (time.monotonic() - begun) / done * (len(cases) - done)
+            say(f"{done}/{len(cases)}  {_line(case, summary)}  {left / 60:.0f} min left")
+    except KeyboardInterrupt:
+        say("interrupted: tables of what is finished; start again to go on")
+
+
+def _one_by_one(cases: list[Case]) -> Iterator[tuple[Case, dict[str, Any]]]:
+    for case in cases:
+        yield case, _run_case(case)
+
+
+def _side_by_side(cases: list[Case], jobs: int) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """In processes of one thread each: small tensors gain nothing from threads. Spawned, since torch cannot fork."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_use_one_thread) as pool:
         futures = {pool.submit(_run_case, case): case for case in cases}
         try:
-            for done, future in enumerate(as_completed(futures), 1):
-                case, summary = futures[future], future.result()
-                _write(_file(runs, case), json.dumps(summary))
-                left = (time.monotonic() - begun) / done * (len(cases) - done)
-                say(f"{done}/{len(cases)}  {_line(case, summary)}  {left / 60:.0f} min left")
-        except KeyboardInterrupt:
-            say("interrupted: tables of what is finished; start again to go on")
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 

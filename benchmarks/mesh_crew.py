@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +84,8 @@ class Crew:
         if self.config.wiring == "random":
             rows = -(-count // len(active))
             return np.concatenate([self._random.permutation(active) for _ in range(rows)])[:count]
-        own = [index if index in active else active[index % len(active)] for index in range(count)]
+        spare = cycle(active)
+        own = [index if index in active else next(spare) for index in range(count)]
         return np.asarray(own, dtype=np.int64)
 
     def another(self, stage: StageIndex, tried: set[Replica], detector: Detector) -> Replica | None:
