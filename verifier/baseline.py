@@ -9,7 +9,8 @@ from torch import Tensor
 from verifier.streams import Floats, Mask
 
 _SCALE_FLOOR = 1e-6
-_GAUSSIAN_MEAN_ABSOLUTE = 0.7978845608
+# Of the absolute value of a standard normal variable.
+_GAUSSIAN_MEDIAN = 0.6744897502
 
 
 class MeanTensor:
@@ -42,6 +43,7 @@ class Centring:
     """
 
     outdated = 4.0
+    adapting = 0.03
     infancy = 32
 
     def __init__(self, features: int) -> None:
@@ -77,11 +79,20 @@ class Centring:
             return
         n = len(values)
         self._seen += n
-        # A mean while young, then exponential forgetting over 32 hops for the centre and 96 for the spread.
-        quick, slow = (max(n / (self._seen + n), 1 - (1 - 1 / hops) ** n) for hops in (32, 96))
-        self._centre = self._centre + quick * (np.median(values, axis=0) - self._centre)
-        spread = np.minimum(np.abs(residuals), 5.0).mean(0) / _GAUSSIAN_MEAN_ABSOLUTE
-        self._scale = np.maximum(self._scale * (1 + slow * (spread - 1)), _SCALE_FLOOR)
+        # A mean while young, then exponential forgetting over 32 hops.
+        quick = max(n / (self._seen + n), 1 - (1 - 1 / 32) ** n)
+        off = (np.median(values, axis=0) - self._centre) / self._scale
+        self._centre = self._centre + quick * self._scale * np.clip(off, -3.0, 3.0)
+        # Tracks the median residual: up by a little for each that is larger, down for each that is smaller. Of two
+        # fifths that are corrupt, however grossly, it can become twice too large and no more.
+        beyond = (np.abs(residuals) > _GAUSSIAN_MEDIAN).sum(0) - n / 2
+        little = max(self.adapting, min(0.15, 4 / self._seen))
+        self._scale = np.maximum(self._scale * np.exp(little * beyond), _SCALE_FLOOR)
+
+    @property
+    def settled(self) -> bool:
+        """Whether residuals are on their final scale, so that scores made of them can be compared with later ones."""
+        return self._seen >= 64
 
     def restart(self) -> None:
         """Forget everything: the stream is no longer what it was."""
@@ -91,7 +102,7 @@ class Centring:
         self.ready, self._young = True, []
         self._centre = np.median(values, axis=0)
         deviation = 1.4826 * np.median(np.abs(values - self._centre), axis=0)
-        self._scale = np.maximum(deviation, 0.05 * np.maximum(np.abs(self._centre), 0.1))
+        self._scale = np.maximum(1.5 * deviation, 2e-3 * np.maximum(np.abs(self._centre), 0.1))
 
     def _follow(self, median: Floats) -> Floats:
         shift = median - self._centre

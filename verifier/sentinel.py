@@ -27,6 +27,9 @@ from verifier.violations import ViolationCounter
 
 # With fewer scores in the reference, being the highest of them means little.
 _RANKABLE = 100
+# Until the reference is this long, only scores up to the cut are believed, lest attackers who were there from the first
+# round be what all others are compared with. Fewer than one honest score in a hundred is beyond it.
+_YOUNG, _YOUNG_CUT = 256, 4.0
 # Hops outside a group by which it is seen that a stream has changed as a whole.
 _LATEST = 12
 _GAMES = {Direction.ACTIVATION: 0, Direction.GRADIENT: 1}
@@ -50,7 +53,7 @@ class Settings:
 
     alpha: float = 1e-3
     refuse: float = 1 / 500
-    outlier: float = 8.0
+    outlier: float = 6.0
     window: int = 512
     probation: int = 4
     margin: float = 2.0
@@ -325,7 +328,7 @@ class Sentinel(Detector):
             assert hops.inputs is not None
             state.mean_step.update(features.mean_steps(hops.inputs, hops.outputs))
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
-        if state.marginal.ready:
+        if state.marginal.settled:
             state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))
         self._end_probation(state, hops.round)
 
@@ -348,6 +351,8 @@ class Sentinel(Detector):
         while state.waiting and state.waiting[0][0] <= round - self.settings.probation:
             _, rows, scores = state.waiting.popleft()
             good = ~self._banned[rows] & (self._evidence(rows) < self._ladder.top / 3)
+            if len(state.reference) < _YOUNG:
+                good &= scores.max(1) <= _YOUNG_CUT
             state.reference.admit(scores[good])
 
     def _forget(self, row: int) -> None:

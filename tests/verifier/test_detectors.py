@@ -129,7 +129,7 @@ class FullCourt(NoCourt):
 def test_recomputation_finds_what_screening_cannot_and_stays_in_its_budget() -> None:
     stage, detector = Stage(), Sentinel()
     court, bans = FullCourt(stage), set()
-    for round in range(1500):
+    for round in range(700):
         x = stage.inputs(8)
         sent = stage.outputs(x)
         sent[0] += 0.02 * sent[0].std() * torch.randn(sent[0].shape, generator=stage.generator)
