@@ -21,6 +21,7 @@ from time import monotonic
 from typing import Any
 
 from node.observer import Observer
+from protocol.errors import SentinelError
 from protocol.host import LOOPBACK
 from protocol.identity import Identity, PeerId
 from protocol.invite import Invite
@@ -31,7 +32,7 @@ _STOP_WITHIN = 25.0
 _POLL = 0.1
 
 
-class SwarmError(Exception):
+class SwarmError(SentinelError):
     """A process of the swarm did not do what it should; says where its log is."""
 
 
@@ -164,7 +165,10 @@ async def local_swarm(
 ) -> AsyncIterator[LocalSwarm]:
     """A seed for `manifest`, to which volunteers can be added; everything is stopped at the end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_entry_point().module, "node.volunteer"])
+    # The command, and what it would import late: the model's architecture.
+    architecture = str(manifest.model.config["model_type"])
+    modelling = f"transformers.models.{architecture}.modeling_{architecture}"
+    context.set_forkserver_preload([_entry_point().module, "node.volunteer", "bootstrap.seed", modelling])
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     signed = SignedManifest.sign(manifest, Identity.load_or_create(folder / "operator.key"))
     swarm = LocalSwarm(folder, signed, threads=threads, link_delay=link_delay, _context=context)
@@ -190,10 +194,7 @@ async def until(observer: Observer, is_done: Callable[[], bool], *, timeout: flo
     """Wait for a report that makes `is_done` true. Raises `SwarmError` naming `what` was waited for."""
     deadline = monotonic() + timeout
     while not is_done():
-        observer.news.clear()
-        try:
-            async with asyncio.timeout(deadline - monotonic()):
-                await observer.news.wait()
-        except TimeoutError:
+        await observer.wait_for_news(timeout=1.0)
+        if monotonic() > deadline:
             seen = {peer[-6:]: sighting.metrics for peer, sighting in observer.sightings.items()}
-            raise SwarmError(f"waited {timeout:.0f} s for {what}; last seen: {seen}") from None
+            raise SwarmError(f"waited {timeout:.0f} s for {what}; last seen: {seen}")

@@ -48,6 +48,10 @@ class Seed:
         log.info("bootstrap peer is up", peer=self.host.peer_id, addresses=addresses)
         return invite
 
+    async def wait(self) -> None:
+        """Until cancelled. Raises `SentinelError` if the network daemon ends."""
+        await self.host.watch()
+
     async def stop(self) -> None:
         if hasattr(self, "_switchboard"):
             await self._switchboard.stop()

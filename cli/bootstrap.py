@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bootstrap.seed import Seed
 from cli import logs, running
 from cli.options import DEFAULT_HOME, IdentityFile, Listen, Verbose
-from protocol.host import DEFAULT_LISTEN
-from protocol.manifest import SignedManifest
+
+if TYPE_CHECKING:
+    from bootstrap.seed import Seed
 
 
 def bootstrap(
@@ -24,10 +24,20 @@ def bootstrap(
 ) -> None:
     """Be a run's seed: entry point of the DHT, relay, and server of the manifest. Prints one invite on stdout.
 
-    Example: `sentinel-node bootstrap --manifest run.toml --listen /ip4/0.0.0.0/tcp/31337`
+    Give it fixed ports and keep its identity file, and the invite stays good after a restart.
 
-    Give it a fixed port and keep its identity file, and the invite stays good after a restart.
+    Examples:
+
+        sentinel-node bootstrap --manifest run.toml
+
+        sentinel-node bootstrap --manifest run.toml --identity seed.key \\
+            --listen /ip4/0.0.0.0/tcp/31337 \\
+            --listen /ip4/0.0.0.0/udp/31337/quic-v1
     """
+    from bootstrap.seed import Seed
+    from protocol.host import DEFAULT_LISTEN
+    from protocol.manifest import SignedManifest
+
     logs.configure(verbose=verbose)
     signed = SignedManifest.read(manifest)
     key = identity or DEFAULT_HOME / f"bootstrap-{signed.run.hex()[:16]}.key"
@@ -37,7 +47,9 @@ def bootstrap(
 async def _serve(seed: Seed) -> None:
     asked = running.stop_asked()
     try:
-        print(await seed.start(), flush=True)
-        await asked.wait()
+        invite = await running.until_asked(asked, seed.start())
+        if invite is not None:
+            print(invite, flush=True)
+            await running.until_asked(asked, seed.wait())
     finally:
         await seed.stop()

@@ -7,10 +7,6 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.experiment import default_jobs, run_cases
-from benchmarks.experiment_plan import PLANS, plan
-from benchmarks.experiment_plots import write_plots
-from benchmarks.experiment_tables import build_tables, write_tables
 from protocol.errors import UserError
 
 
@@ -28,6 +24,11 @@ def experiment(
 
     Interrupted, it goes on where it stopped when started again with the same --out.
     """
+    from benchmarks.experiment import default_jobs, run_cases
+    from benchmarks.experiment_plan import PLANS, plan
+    from benchmarks.experiment_plots import write_plots
+    from benchmarks.experiment_tables import build_tables, write_tables
+
     if name not in PLANS:
         raise UserError(f"There is no experiment {name}", f"Use one of {', '.join(PLANS)}")
     cases = plan(name, quick=quick)

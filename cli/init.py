@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from node.presets import build_manifest
+from cli import files, logs
+from cli.options import Schedule, Wire
 from protocol.errors import UserError
-from protocol.identity import Identity
-from protocol.manifest import SignedManifest
 
 
 def init(
@@ -25,7 +24,7 @@ def init(
     stages: Annotated[int | None, typer.Option(help="How many stages the model is cut into.", min=1)] = None,
     data: Annotated[
         str,
-        typer.Option(help="`builtin:pydoc`, `text:GLOB` or `hf:DATASET[:CONFIG[:SPLIT]]`.", metavar="SPEC"),
+        typer.Option(help="`builtin:pydoc`, `text:GLOB` or `hf:NAME[:CONFIG[:SPLIT]]`.", metavar="SPEC"),
     ] = "builtin:pydoc",
     tokenizer: Annotated[
         str, typer.Option(help="`bytes`, or a Hugging Face tokenizer by folder or name.", metavar="NAME")
@@ -34,24 +33,41 @@ def init(
     testbed: Annotated[
         bool, typer.Option("--testbed", help="Allow volunteers that attack, for experiments.")
     ] = False,
-    schedule: Annotated[str, typer.Option(help="`overlapped` or `synchronous`.")] = "overlapped",
+    schedule: Schedule = "overlapped",
     rounds: Annotated[int | None, typer.Option(help="Length of the run.", min=1)] = None,
     min_replicas: Annotated[
         int, typer.Option(help="Replicas a stage needs before the first round.", min=1)
     ] = 1,
-    wire: Annotated[str, typer.Option(help="Number format between stages: `fp32` or `bf16`.")] = "fp32",
+    wire: Wire = "fp32",
     name: Annotated[str, typer.Option(help="The run's name.")] = "sentinel run",
 ) -> None:
     """Write a signed manifest, and the operator key beside it (readable by you alone).
 
-    Examples: `sentinel-node init --preset tiny --out run.toml`,
-    `sentinel-node init --preset llama-600m --stages 16 --data hf:allenai/c4:en --tokenizer NAME --out run.toml`
+    An operator key that is there already is used again; a manifest of another run is not overwritten.
 
-    An operator key that is there already is used again.
+    Examples:
+
+        sentinel-node init --preset tiny --out run.toml
+
+        sentinel-node init --preset tiny --stages 2 --out run.toml \\
+            --data 'text:books/*.txt'
+
+        sentinel-node init --preset llama-600m --stages 16 --out run.toml \\
+            --data hf:allenai/c4:en --tokenizer NAME
+
+        sentinel-node init --config config.json --stages 4 --out run.toml
     """
+    logs.configure(quiet=True)
+    model_config = _read_config(config)
+    files.check_writable(out, "--out")
+    from node.data import open_tokenizer
+    from node.presets import build_manifest
+    from protocol.identity import Identity
+    from protocol.manifest import SignedManifest
+
     manifest = build_manifest(
         preset=preset,
-        config=_read_config(config),
+        config=model_config,
         stages=stages,
         data=data,
         tokenizer=tokenizer,
@@ -63,8 +79,13 @@ def init(
         wire=wire,
         name=name,
     )
+    open_tokenizer(manifest)  # Whoever heads a stage would find out otherwise.
     key = out.with_suffix(".operator.key")
     signed = SignedManifest.sign(manifest, Identity.load_or_create(key))
+    if out.exists() and SignedManifest.read(out).run != signed.run:
+        raise UserError(
+            f"{out} is the manifest of another run", "Name another file with --out, or move it away"
+        )
     signed.write(out)
     print(f"manifest      {out}")
     print(f"operator key  {key}  (keep it secret: whoever has it speaks for the run)")
@@ -75,12 +96,13 @@ def init(
 def _read_config(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
+    remedy = "Name a Hugging Face config.json with --config"
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot read the config {path}: {error}", "Name a Hugging Face config.json"
-        ) from None
+    except OSError as error:
+        raise UserError(f"Cannot read the config {path}: {error.strerror}", remedy) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The config {path} is no JSON ({error})", remedy) from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} is no Hugging Face config", "Name a config.json") from None
+        raise UserError(f"The config {path} is JSON, but no object", remedy)
     return config

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from cli import logs, running
 from cli.options import DEFAULT_HOME, IdentityFile, InviteText, Listen, Verbose
 from cli.panel import NodePanel
-from node.volunteer import Volunteer, VolunteerConfig
 from protocol.errors import UserError
-from protocol.host import DEFAULT_LISTEN
 from protocol.invite import Invite
+
+if TYPE_CHECKING:
+    from node.volunteer import Volunteer
 
 
 def join(
@@ -23,7 +23,9 @@ def join(
     stage: Annotated[
         str, typer.Option(help="`auto`, or the number of the stage to serve.", metavar="auto|N")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="`auto`, `cpu` or `cuda:N`.", metavar="DEVICE")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="`auto`, `cpu` or `cuda:N`.", metavar="auto|cpu|cuda:N")
+    ] = "auto",
     listen: Listen = None,
     identity: IdentityFile = None,
     cache_dir: Annotated[
@@ -37,25 +39,37 @@ def join(
 ) -> None:
     """Join a run as a volunteer: serve one stage of the model until Ctrl-C.
 
-    Examples: `sentinel-node join sentinel1-...`, `sentinel-node join sentinel1-... --stage 2 --device cuda:0`
-
     Checks the manifest's signature, picks the least served stage that fits, takes its state from its replicas.
     Ctrl-C leaves gracefully: what this node holds is finished or handed back.
+
+    Examples:
+
+        sentinel-node join sentinel1-...
+
+        sentinel-node join sentinel1-... --stage 2 --device cuda:0
+
+        sentinel-node join sentinel1-... --identity b.key --cache-dir b
     """
+    parsed, wanted = Invite.parse(invite), _parse_stage(stage)
+    import torch
+
+    from node.replica import Limits
+    from node.volunteer import Volunteer, VolunteerConfig
+    from protocol.host import DEFAULT_LISTEN
+
     is_terminal = sys.stderr.isatty()
     logs.configure(verbose=verbose, quiet=is_terminal and not verbose)
     if threads:
         torch.set_num_threads(threads)
-    parsed = Invite.parse(invite)
     home = cache_dir or DEFAULT_HOME
     config = VolunteerConfig(
         invite=parsed,
         identity=identity or home / "node.key",
         cache_dir=home,
-        stage=_parse_stage(stage),
+        stage=wanted,
         device=device,
         listen=tuple(listen or DEFAULT_LISTEN),
-        link_delay=link_delay / 1e3,
+        limits=Limits(link_delay=link_delay / 1e3),
     )
     running.run(_serve(Volunteer(config), with_panel=is_terminal))
 
@@ -63,8 +77,8 @@ def join(
 def _parse_stage(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdecimal():
-        raise UserError(f"--stage {text} is not understood", "Give `auto` or a number")
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"--stage {text} is not understood", "Give `auto` or a number from 0")
     return int(text)
 
 

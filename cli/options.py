@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import platformdirs
 import typer
@@ -24,3 +24,12 @@ IdentityFile = Annotated[
     Path | None, typer.Option(help="Key file of this peer; made if it does not exist.", metavar="FILE")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
+
+Schedule = Annotated[
+    Literal["overlapped", "synchronous"],
+    typer.Option(help="`overlapped` (suits long links) or `synchronous`.", metavar="KIND"),
+]
+Wire = Annotated[
+    Literal["fp32", "bf16"],
+    typer.Option(help="Number format between stages: `fp32` or `bf16`.", metavar="FORMAT"),
+]

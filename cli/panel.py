@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
-from node.volunteer import Volunteer
+if TYPE_CHECKING:
+    from node.volunteer import Volunteer
 
 _REFRESH = 0.5
 
@@ -49,8 +51,8 @@ class NodePanel:
         now = self._volunteer.snapshot()
         metrics, manifest = now.metrics, self._volunteer.manifest
         table = Table.grid(padding=(0, 2))
-        table.add_row("stage", f"{now.stage} of {manifest.stages.count}, {now.replicas} replicas")
-        table.add_row("state", _describe(now.state.value, metrics.waiting_for))
+        table.add_row("stage", f"{metrics.stage} of {manifest.stages.count}, {now.replicas} replicas")
+        table.add_row("state", _describe(metrics.state.value, metrics.waiting_for))
         table.add_row("round", f"{metrics.version} of {manifest.schedule.rounds}")
         table.add_row("throughput", f"{metrics.tokens_per_second:,.0f} tokens/s")
         table.add_row(

@@ -11,6 +11,9 @@ import uvloop
 
 T = TypeVar("T")
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C or SIGTERM cut short before it had its result."""
+
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run on uvloop. Ctrl-C and SIGTERM are for `main` to handle, with `stop_asked`."""
@@ -27,18 +30,25 @@ def stop_asked() -> asyncio.Event:
         asked.set()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask)
     return asked
 
 
-async def until_asked(asked: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Wait for `work` to end or for `asked`, whichever comes first. Raises what `work` raised."""
+async def until_asked(asked: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None if `asked` came first; it was cancelled then, and has cleaned up."""
     working, asking = asyncio.ensure_future(work), asyncio.ensure_future(asked.wait())
-    done, pending = await asyncio.wait({working, asking}, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
-    if working in done:
-        working.result()
+    await asyncio.wait({working, asking}, return_when=asyncio.FIRST_COMPLETED)
+    asking.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.wait({working})
+        return None
+    return working.result()
+
+
+async def interruptible(work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None if Ctrl-C or SIGTERM cut it short; it has cleaned up then."""
+    return await until_asked(stop_asked(), work)

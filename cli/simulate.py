@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.mesh import run_mesh
-from benchmarks.mesh_config import MeshConfig
-from benchmarks.mesh_report import summarise
+from cli import files
 from protocol.errors import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.mesh_config import MeshConfig
 
 
 def simulate(
@@ -62,6 +62,8 @@ def simulate(
 
     Replicas of a stage share weights, so one batched pass with per-worker corruption is the whole mesh.
     """
+    from benchmarks.mesh_config import MeshConfig
+
     config = MeshConfig(
         replicas=replicas,
         stages=stages,
@@ -82,10 +84,11 @@ def simulate(
         malicious_ends=malicious_ends,
         seed=seed,
     )
-    _check_writable(json_file)
+    if json_file is not None:
+        files.check_writable(json_file, "--json")
     summary = _run(config)
     if json_file is not None:
-        json_file.write_text(json.dumps(summary, indent=1) + "\n")
+        files.write_json(json_file, summary, "--json")
     Console().print(_table(summary))
 
 
@@ -95,20 +98,10 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> Any:
     return value
 
 
-def _check_writable(path: Path | None) -> None:
-    """Fail before the run, and not after it."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise UserError(
-            f"Cannot write {path}: {error.strerror}", "Name a writable place with --json"
-        ) from None
-
-
 def _run(config: MeshConfig) -> dict[str, Any]:
+    from benchmarks.mesh import run_mesh
+    from benchmarks.mesh_report import summarise
+
     columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("rounds", total=config.rounds)

@@ -32,8 +32,9 @@ def reduce_parts(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """Mean gradient over all microbatches, from each member's flat fp32 sum over its own `counts[i]`.
 
     The order of the parts is the order of summation. Robust in two ways that leave honest rounds untouched: a part
-    with a value that is not finite is left out, and of three or more parts one whose norm per microbatch is above
-    ten times the median is scaled down to that.
+    with a value that is not finite is left out, and of three or more parts that are not all zero one whose norm per
+    microbatch is above ten times their median is scaled down to that. (Zeros say nothing: a part of the embedding
+    that only one member's tokens touched is no outlier.)
     """
     usable = [
         (part, count)
@@ -43,7 +44,8 @@ def reduce_parts(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     if not usable:
         return torch.zeros_like(parts[0])
     norms = [float(part.norm()) / count for part, count in usable]
-    limit = _NORM_FACTOR * sorted(norms)[len(norms) // 2] if len(usable) >= 3 else float("inf")
+    telling = sorted(norm for norm in norms if norm > 0)
+    limit = _NORM_FACTOR * telling[len(telling) // 2] if len(telling) >= 3 else float("inf")
     total = torch.zeros_like(parts[0])
     for (part, _), norm in zip(usable, norms, strict=True):
         total += part if norm <= limit else part * (limit / norm)
@@ -92,9 +94,11 @@ class Averaging:
         gate = asyncio.Semaphore(_CONCURRENT)
         for part in parts_of(self._shares[self._own]):
             self._add(self._own, part, self._gradient[part.start : part.stop])
+        # Each member begins with the one after itself, or all would crowd upon the first.
+        place = self._peers.index(self._own)
         work = [
             self._exchange(peer, part, result, gate)
-            for peer in self._peers
+            for peer in (*self._peers[place:], *self._peers[:place])
             for part in parts_of(self._shares[peer])
         ]
         try:

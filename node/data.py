@@ -94,15 +94,21 @@ def open_tokenizer(manifest: Manifest, cache_dir: Path | None = None) -> Tokeniz
 
 def open_corpus(manifest: Manifest, cache_dir: Path | None = None) -> Corpus:
     """The corpus that `manifest.data` names. Downloads go to `cache_dir`. Raises `UserError` if it cannot be had."""
-    kind, _, rest = manifest.data.partition(":")
+    kind, source = parse_spec(manifest.data)
     tokenizer = open_tokenizer(manifest, cache_dir)
-    if manifest.data == "builtin:pydoc":
+    if kind == "builtin":
         return MemoryCorpus(manifest, _tokenise(tokenizer, [_pydoc_text()]))
-    if kind == "text" and rest:
-        return MemoryCorpus(manifest, _tokenise(tokenizer, _read_texts(rest)))
-    if kind == "hf" and rest:
-        return StreamCorpus(manifest, tokenizer, rest, cache_dir)
-    raise UserError(f"Unknown data spec {manifest.data}", f"Use {SPECS}")
+    if kind == "text":
+        return MemoryCorpus(manifest, _tokenise(tokenizer, _read_texts(source)))
+    return StreamCorpus(manifest, tokenizer, source, cache_dir)
+
+
+def parse_spec(spec: str) -> tuple[str, str]:
+    """A data spec's kind (`builtin`, `text` or `hf`) and what follows it. Raises `UserError` for any other."""
+    kind, _, source = spec.partition(":")
+    if spec == "builtin:pydoc" or (kind in ("text", "hf") and source):
+        return kind, source
+    raise UserError(f"Unknown data spec {spec}", f"Use {SPECS}")
 
 
 class MemoryCorpus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -66,6 +67,13 @@ class Observer:
             self.on_metrics(author, metrics)
         self.news.set()
 
+    async def wait_for_news(self, *, timeout: float) -> None:
+        """Until the next report, or `timeout` seconds."""
+        self.news.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self.news.wait()
+
     async def records(self) -> list[StageRecord]:
         """Every peer's record in the DHT, by stage."""
         stages = range(self.signed.manifest.stages.count)
@@ -79,6 +87,9 @@ class Observer:
                 await self.host.connect(PeerId(record.peer), record.addresses)
             except ProtocolError:
                 continue
+
+    def seconds_since(self, sighting: Sighting) -> float:
+        return monotonic() - sighting.at
 
     def round_loss(self, round_: int) -> float | None:
         """Mean loss of a round's slots in nats a token; None until all of them are known."""

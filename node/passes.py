@@ -5,12 +5,12 @@ Everything here runs on the compute thread, so the slots counted and the gradien
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from node.data import Corpus
 from node.flights import Held, Outgoing
 from node.trainer import Pass, StageTrainer
 from protocol.codec import TensorHeader, bytes_of, decode_tensor, digest, encode_tensor
@@ -40,10 +40,8 @@ class Returned:
 class StagePasses:
     """Around one `StageTrainer`. Shapes: tensors (sequences, context, width), labels (sequences, context)."""
 
-    def __init__(
-        self, manifest: Manifest, trainer: StageTrainer, corpus: Corpus | None, device: torch.device
-    ) -> None:
-        self._manifest, self._corpus, self._device = manifest, corpus, device
+    def __init__(self, manifest: Manifest, trainer: StageTrainer, device: torch.device) -> None:
+        self._manifest, self._device = manifest, device
         self.trainer = trainer
         batch = manifest.batch
         self.header = TensorHeader(manifest.wire, (batch.sequences, batch.context, manifest.model.width))
@@ -56,10 +54,11 @@ class StagePasses:
         """Bytes of an activation's payload: the tensor and the labels."""
         return self.header.size + self.labels_size
 
-    def inject(self, slot: int) -> Forwarded | Returned:
-        """Draw a slot's samples and take them through the first stage; if it is the last too, all the way."""
-        assert self._corpus is not None
-        tokens = self._corpus.draw(slot)
+    def inject(self, tokens: Tensor, slot: int) -> Forwarded | Returned:
+        """Take a slot's samples, int64 (sequences, context + 1), through the first stage.
+
+        If it is the last one too, all the way.
+        """
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if self.trainer.module.is_last:
             return self._tail(inputs, labels, slot, covered=False)
@@ -97,6 +96,11 @@ class StagePasses:
         slots, self.slots = self.slots, []
         assert count == len(slots)
         return gradient, slots
+
+    def load_state(self, version: int, chunks: Sequence[memoryview]) -> None:
+        """Take over a state; gradients accumulated for other weights are dropped. Raises `ValueError`."""
+        self.trainer.load_state(version, chunks)
+        self.slots = []
 
     def _tail(self, x: Tensor, labels: Tensor, slot: int, *, covered: bool) -> Returned:
         version = self.trainer.version

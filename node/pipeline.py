@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 import structlog
+from torch import Tensor
 
 from node.compute import ComputeThread, Urgency
 from node.flights import FinishedStore, Flight, Held, Outgoing, Phase
@@ -23,10 +23,11 @@ from node.routing import Router
 from protocol import receipts, wire
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import Identity, PeerId
-from protocol.links import Link, Switchboard
+from protocol.links import MAX_LINKS, Link, Switchboard
 from protocol.manifest import Manifest
 from protocol.messages import Activation, Credit, Gradient, Refusal
 from protocol.receipts import Direction, MicrobatchId, Receipt, SignedReceipt
+from protocol.streams import MAX_BACKLOG
 
 log = structlog.get_logger("pipeline")
 
@@ -34,15 +35,11 @@ FLIGHT_TIMEOUT = 60.0
 """Seconds after which a microbatch that was sent on and did not come back is given up."""
 COOL_DOWN = 1.0
 _MAX_EARLY_ROUNDS = 2
+_MAX_GRANT = 1024
+_MAX_CREDIT = 4096
+_MAX_BACKLOG = MAX_BACKLOG // 2
+"""Bytes waiting for a receiver that does not read, above which it gets no more tensors."""
 _RETRIABLE = frozenset({Reason.BUSY, Reason.LEAVING, Reason.NOT_READY, Reason.TOO_EARLY, Reason.OVER_CREDIT})
-
-
-@dataclass
-class _Upstream:
-    """`unused`: activations that this sender may still send; `held`: those of its that are not finished here."""
-
-    unused: int = 0
-    held: int = 0
 
 
 class Pipeline:
@@ -74,8 +71,10 @@ class Pipeline:
         )
         self._on_change = on_change
         self._router = Router()
-        self._upstream: dict[PeerId, _Upstream] = {}
+        self._unused: dict[PeerId, int] = {}
+        """Activations that each sender may still send."""
         self._credit: dict[PeerId, int] = {}
+        """Activations that we may still send to each receiver."""
         self._cooling: dict[PeerId, float] = {}
         self._unsent: deque[Flight] = deque()
         self._early: list[Flight] = []
@@ -85,21 +84,19 @@ class Pipeline:
         self.finished = FinishedStore(hold_bytes)
         self.counts: Counter[str] = Counter()
         self.losses: dict[int, float] = {}
-        self.lost_slots: deque[MicrobatchId] = deque()
-        """Own microbatches (on a head) that were lost and may be injected again."""
         self.is_accepting = True
 
     # --- links ---
 
     def on_link_up(self, link: Link) -> None:
         if link.stage == self._stage - 1:
-            self._upstream[link.peer] = _Upstream()
+            self._unused[link.peer] = 0
             self._grant()
         self._pump()
 
     def on_link_down(self, link: Link) -> None:
         peer = link.peer
-        self._upstream.pop(peer, None)
+        self._unused.pop(peer, None)
         self._credit.pop(peer, None)
         self._router.forget(peer)
         for flight in tuple(self.flights.values()):
@@ -124,38 +121,46 @@ class Pipeline:
     # --- credit ---
 
     def _grant(self) -> None:
-        """Share our capacity evenly among the senders; each gets at least one."""
-        if not self._upstream:
+        """Share our capacity evenly among the senders; each gets at least one, but `capacity + MAX_LINKS` is the end.
+
+        What a sender left behind here counts as long as it is here: to come back, or to come under another name,
+        must not make room.
+        """
+        if not self._unused:
             return
-        window = max(1, self.capacity // len(self._upstream))
-        total = sum(one.unused + one.held for one in self._upstream.values())
-        for peer, one in self._upstream.items():
-            outstanding = one.unused + one.held
+        held = Counter(flight.previous for flight in self.flights.values())
+        window = max(1, self.capacity // len(self._unused))
+        total = sum(self._unused.values()) + held.total() - held[None]
+        for peer, unused in self._unused.items():
+            outstanding = unused + held[peer]
             amount = min(window - outstanding, max(self.capacity - total, 1 - outstanding))
+            amount = min(amount, self.capacity + MAX_LINKS - total, _MAX_GRANT)
             link = self._switchboard.links.get(peer)
             if amount > 0 and link is not None and link.is_up:
-                one.unused += amount
+                self._unused[peer] = unused + amount
                 total += amount
-                self._send(link, Credit(min(amount, 1024)))
+                self._send(link, Credit(amount))
 
     def _take_credit(self, link: Link, credit: Credit) -> None:
         if link.stage != self._stage + 1:
             raise ProtocolError(Reason.WRONG_STAGE, f"credit from stage {link.stage}")
-        self._credit[link.peer] = min(self._credit.get(link.peer, 0) + credit.amount, 4096)
+        self._credit[link.peer] = min(self._credit.get(link.peer, 0) + credit.amount, _MAX_CREDIT)
         self._pump()
 
     # --- activations ---
 
     def _take_activation(self, link: Link, message: Activation, payload: memoryview) -> None:
-        """The checks, in order. REJECT: credit, direction, tensor header, payload size, receipt. Then IGNORE with a
-        typed refusal: replayed, leaving, too early."""
-        upstream = self._upstream.get(link.peer)
-        if upstream is None or upstream.unused < 1:
+        """The checks, in order. REJECT: stage, credit, direction, tensor header, payload size, receipt, head. Then
+        IGNORE with a typed refusal: replayed, leaving, too early."""
+        if link.stage != self._stage - 1:
+            raise ProtocolError(Reason.WRONG_STAGE, f"activation from stage {link.stage}")
+        if self._unused.get(link.peer, 0) < 1:
             raise ProtocolError(Reason.OVER_CREDIT)
         self._check_tensor(link, message, payload, Direction.ACTIVATION, self._stage - 1)
-        upstream.unused -= 1
-        upstream.held += 1
         receipt = message.receipt.receipt
+        if link.stage == 0 and receipt.microbatch.head != link.peer:
+            raise ProtocolError(Reason.WRONG_PEER, f"{receipt.microbatch} of another head")
+        self._unused[link.peer] -= 1
         try:
             known = self._check_new(link.peer, receipt)
             if not self.is_accepting:
@@ -204,7 +209,9 @@ class Pipeline:
     def _check_new(self, sender: PeerId, receipt: Receipt) -> Flight | None:
         """The flight or finished microbatch that this activation continues after its sender took another's place.
 
-        Raises `ProtocolError` (replayed) if this sender, or another that is still there, sent the same before.
+        That place may be taken while the other still seems to be there: the one who passes the microbatch on notices
+        its end before we do. Raises `ProtocolError` (replayed) if this sender sent the same before, or another sent
+        something else.
         """
         known = self.flights.get(receipt.microbatch) or self.finished.get(receipt.microbatch)
         if known is None:
@@ -219,20 +226,18 @@ class Pipeline:
 
     def _adopt(self, flight: Flight, sender: PeerId, held: Held) -> None:
         """The same activation over another way: our work stands, and the gradient goes to the new sender."""
-        before, flight.previous = flight.previous, sender
-        flight.received, flight.orphaned = held, False
+        flight.previous, flight.received, flight.orphaned = sender, held, False
         self.counts["adopted"] += 1
         if flight.phase is Phase.DONE:
             self._answer(flight)
-            self._release(sender)
-        else:
-            self._release(before)
+        self._grant()
 
-    def inject(self, microbatch: MicrobatchId) -> None:
-        """On a head: start one of our own microbatches."""
+    def inject(self, microbatch: MicrobatchId, tokens: Tensor) -> None:
+        """On a head: start one of our own microbatches, int64 (sequences, context + 1)."""
         flight = Flight(microbatch, None, monotonic())
         self.flights[microbatch] = flight
-        self._spawn(self._compute_forward(flight))
+        work = self._compute.run(Urgency.INJECT, self._passes.inject, tokens, microbatch.slot)
+        self._spawn(self._take_forward(flight, work))
 
     def on_version(self) -> None:
         """The weights moved on: start what came early."""
@@ -248,21 +253,21 @@ class Pipeline:
         if is_synchronous and flight.id.slot // self._manifest.batch.microbatches > version:
             self._early.append(flight)
         else:
-            self._spawn(self._compute_forward(flight))
+            self._spawn(self._take_forward(flight, self._forward(flight)))
 
-    async def _compute_forward(self, flight: Flight) -> None:
+    def _forward(self, flight: Flight) -> Coroutine[Any, Any, Forwarded | Returned]:
+        """The stage's work on an activation; on the tail all of it, loss and backward pass included."""
         passes, slot = self._passes, flight.id.slot
+        if self._stage < self._manifest.stages.count - 1:
+            return self._compute.run(Urgency.FORWARD, passes.forward, flight.received)
+        covered = slot in self._progress.covered()
+        return self._compute.run(
+            Urgency.BACKWARD, lambda: passes.tail(flight.received, slot, covered=covered)
+        )
+
+    async def _take_forward(self, flight: Flight, work: Coroutine[Any, Any, Forwarded | Returned]) -> None:
         try:
-            result: Forwarded | Returned
-            if flight.previous is None:
-                result = await self._compute.run(Urgency.INJECT, passes.inject, slot)
-            elif self._stage == self._manifest.stages.count - 1:
-                covered = slot in self._progress.covered()
-                result = await self._compute.run(
-                    Urgency.BACKWARD, lambda: passes.tail(flight.received, slot, covered=covered)
-                )
-            else:
-                result = await self._compute.run(Urgency.FORWARD, passes.forward, flight.received)
+            result = await work
         except ProtocolError as error:
             self._fail(flight, error)
             return
@@ -299,12 +304,18 @@ class Pipeline:
             ready = [
                 peer
                 for peer in self.next_hops()
-                if self._credit.get(peer, 0) > 0 and self._cooling.get(peer, 0.0) <= now
+                if self._credit.get(peer, 0) > 0
+                and self._cooling.get(peer, 0.0) <= now
+                and self._switchboard.links[peer].backlog <= _MAX_BACKLOG
             ]
             chosen = self._router.choose(ready)
             if chosen is None:
-                return
+                break
             self._send_on(self._unsent.popleft(), chosen)
+        if not self.is_accepting:
+            # Who leaves does not wait for room: what cannot go on now goes back.
+            for flight in tuple(self._unsent):
+                self._lose(flight, Reason.LEAVING)
         self._on_change()
 
     def _send_on(self, flight: Flight, peer: PeerId) -> None:
@@ -409,13 +420,8 @@ class Pipeline:
         flight.drop_graph()
         self.flights.pop(flight.id, None)
         self.finished.add(flight, monotonic())
-        self._release(flight.previous)
-        self._on_change()
-
-    def _release(self, sender: PeerId | None) -> None:
-        if sender is not None and (upstream := self._upstream.get(sender)):
-            upstream.held = max(0, upstream.held - 1)
         self._grant()
+        self._on_change()
 
     def _refuse(
         self, peer: PeerId, microbatch: MicrobatchId, direction: Direction, error: ProtocolError
@@ -424,17 +430,18 @@ class Pipeline:
         self._switchboard.refusals.count(peer, error)
         if link := self._switchboard.links.get(peer):
             self._send(link, Refusal(microbatch, direction, error.reason))
-        if direction is Direction.ACTIVATION:
-            self._release(peer)
+        self._grant()
 
     def _fail(self, flight: Flight, error: ProtocolError, culprit: PeerId | None = None) -> None:
         """A microbatch cannot be used. A digest that contradicts its receipt is the sender's doing: REJECT."""
         culprit = culprit or flight.previous
-        if culprit is not None:
-            self._switchboard.refusals.count(culprit, error)
         self._lose(flight, error.reason)
-        if error.reason in (Reason.WRONG_DIGEST, Reason.MALFORMED) and culprit is not None:
+        if culprit is None:
+            return
+        if error.reason in (Reason.WRONG_DIGEST, Reason.MALFORMED):
             self._switchboard.reject(culprit, error)
+        else:
+            self._switchboard.refusals.count(culprit, error)
 
     def _lose(self, flight: Flight, reason: Reason) -> None:
         """Give a microbatch up, here and upstream."""
@@ -445,11 +452,9 @@ class Pipeline:
         flight.phase = Phase.DONE
         flight.drop_graph()
         self.flights.pop(flight.id, None)
-        if flight.previous is None:
-            self.lost_slots.append(flight.id)
-        elif link := self._switchboard.links.get(flight.previous):
+        if flight.previous is not None and (link := self._switchboard.links.get(flight.previous)):
             self._send(link, Refusal(flight.id, Direction.ACTIVATION, reason))
-        self._release(flight.previous)
+        self._grant()
         self._on_change()
 
     def _take_refusal(self, link: Link, refusal: Refusal) -> None:
@@ -472,6 +477,11 @@ class Pipeline:
         self._cooling = {peer: until for peer, until in self._cooling.items() if until > now}
         for flight in tuple(self.flights.values()):
             if flight.phase is Phase.SENT and now - flight.sent_at > FLIGHT_TIMEOUT:
+                assert flight.next is not None
+                self._switchboard.refusals.count(flight.next, ProtocolError(Reason.TIMED_OUT, str(flight.id)))
+                # It took at least this long: who does not answer is hardly chosen again while there are others.
+                self._router.measure(flight.next, now - flight.sent_at)
+                self._cooling[flight.next] = now + COOL_DOWN
                 self._lose(flight, Reason.TIMED_OUT)
         self._pump()
 

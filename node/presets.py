@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from node.data import parse_spec
 from node.model import check_untied, meta_model
 from protocol.errors import UserError
 from protocol.manifest import (
@@ -108,6 +109,7 @@ def build_manifest(
 
     None for `stages` or `rounds` takes the preset's. Raises `UserError` for what does not make a run.
     """
+    parse_spec(data)
     base = _choose(preset, config)
     count = base.stages if stages is None else stages
     length = base.rounds if rounds is None else rounds

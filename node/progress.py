@@ -2,7 +2,7 @@
 
 Slots number the run's microbatches; round r consists of the slots r*M up to (r+1)*M. In the synchronous schedule
 a stage's round ends when its live replicas have, between them, all slots of the round; in the overlapped one when
-they have M gradients, of whatever slots.
+the stage has had (r + 1) * M gradients, of whatever slots.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from protocol.directory import PeerState
+from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
 from protocol.manifest import Manifest
 from protocol.reports import Progress
+from protocol.requests import MAX_ROSTER
 
 LIVE_FOR = 6.0
 """Seconds for which a replica's last report counts."""
-_MAX_REPLICAS = 512
 _SETTLED_ROUNDS = 3
 _WORKING = (PeerState.SERVING, PeerState.WAITING, PeerState.LEAVING, PeerState.FINISHED)
 
@@ -37,7 +38,10 @@ class StageProgress:
     _heard: dict[PeerId, _Heard] = field(default_factory=dict)
 
     def hear(self, peer: PeerId, progress: Progress, now: float) -> None:
-        if peer in self._heard or len(self._heard) < _MAX_REPLICAS:
+        """Raises `ProtocolError` (too_early) for a version that the run does not have."""
+        if progress.version > self.manifest.schedule.rounds:
+            raise ProtocolError(Reason.TOO_EARLY, f"version {progress.version}")
+        if peer in self._heard or len(self._heard) < MAX_ROSTER:
             self._heard[peer] = _Heard(progress, now)
 
     def forget(self, peer: PeerId) -> None:
@@ -62,8 +66,12 @@ class StageProgress:
         return sorted(peers, key=lambda peer: blake2b(f"{version}/{peer}".encode(), digest_size=8).digest())
 
     def newest(self) -> int:
-        """The highest version that any replica holds; -1 without replicas."""
-        return max((progress.version for progress in self.replicas().values()), default=-1)
+        """The highest version that at least half of the replicas have reached; -1 without replicas.
+
+        Half of them and not one: a single liar must not make the others chase a version that nobody holds.
+        """
+        versions = sorted((progress.version for progress in self.replicas().values()), reverse=True)
+        return versions[(len(versions) - 1) // 2] if versions else -1
 
     def covered(self) -> set[int]:
         """Slots whose gradients some live replica has accumulated, or that are averaged in already."""
@@ -83,7 +91,9 @@ class StageProgress:
         size = self.manifest.batch.microbatches
         if self.manifest.schedule.kind == "synchronous":
             return covers_round(self.covered(), version, size)
-        return len(self.round_slots(version)) >= size
+        # Counted from the run's beginning: what one round has too much, the next one needs less.
+        averaged = max((self._heard[peer].progress.averaged for peer in self.members(version)), default=0)
+        return averaged + len(self.round_slots(version)) >= (version + 1) * size
 
     def agreed_digest(self, version: int) -> bytes | None:
         """The state digest of the majority at `version`; of equals the least. None without replicas there."""
@@ -98,10 +108,15 @@ def covers_round(slots: Iterable[int], version: int, size: int) -> bool:
     return set(range(version * size, (version + 1) * size)) <= set(slots)
 
 
-def last_round_open(manifest: Manifest, version: int) -> int:
-    """The last round whose slots a head at `version` may inject: its own, or one ahead in the overlapped schedule."""
-    ahead = 0 if manifest.schedule.kind == "synchronous" else 1
-    return min(version + ahead, manifest.schedule.rounds - 1)
+def open_slots(manifest: Manifest, version: int) -> range:
+    """The slots that a head at `version` may inject.
+
+    In the synchronous schedule those of its round. In the overlapped one also those of the next round, to keep long
+    links busy, and of late ones, where a slot that was lost may still be missing.
+    """
+    late, ahead = (0, 0) if manifest.schedule.kind == "synchronous" else (_SETTLED_ROUNDS - 1, 1)
+    size, last = manifest.batch.microbatches, manifest.schedule.rounds - 1
+    return range(max(0, version - late) * size, (min(version + ahead, last) + 1) * size)
 
 
 def next_slot(heads: StageProgress, own: PeerId, version: int, taken: set[int]) -> int | None:
@@ -110,14 +125,12 @@ def next_slot(heads: StageProgress, own: PeerId, version: int, taken: set[int]) 
     Live heads share the uncovered slots of the open rounds by rank, so a dead head's slots pass to the others.
     `taken`: slots that `own` itself has in flight or done.
     """
-    manifest = heads.manifest
-    size = manifest.batch.microbatches
     replicas = heads.replicas()
     ranks = sorted({*(peer for peer, progress in replicas.items() if is_injecting(progress)), own})
     others = {slot for peer, progress in replicas.items() if peer != own for slot in progress.in_flight}
     busy = heads.covered() | others | taken
     rank, count = ranks.index(own), len(ranks)
-    for slot in range(version * size, (last_round_open(manifest, version) + 1) * size):
+    for slot in open_slots(heads.manifest, version):
         if slot % count == rank and slot not in busy:
             return slot
     return None
@@ -127,6 +140,6 @@ def is_injecting(progress: Progress) -> bool:
     return progress.state in (PeerState.SERVING, PeerState.WAITING)
 
 
-def still_settled(settled: set[int], version: int, size: int) -> set[int]:
+def still_settled(settled: Iterable[int], version: int, size: int) -> frozenset[int]:
     """The part of `settled` that anyone may still ask about at `version`."""
-    return {slot for slot in settled if slot >= (version - _SETTLED_ROUNDS) * size}
+    return frozenset(slot for slot in settled if slot >= (version - _SETTLED_ROUNDS) * size)

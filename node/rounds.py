@@ -45,6 +45,7 @@ _RETRY_AFTER = 0.5
 _PATIENCE = 2.0
 """Seconds for which a stage that lags behind the heads still waits for gradients under way to it."""
 _TICK = 0.25
+_MAX_ATTEMPTS_AHEAD = 1000
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,19 @@ class _Frozen:
 
     gradient: Tensor
     slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A replica's state in a few words: its version and digest, and what has gone into its weights.
+
+    `averaged`: microbatches since the run began; `settled`: those of late rounds whose slots may be asked about.
+    """
+
+    version: int
+    digest: bytes
+    averaged: int
+    settled: frozenset[int]
 
 
 class StageRounds:
@@ -82,8 +96,8 @@ class StageRounds:
         self._running: asyncio.Task[None] | None = None
         self._lagging_since: float | None = None
         self._stepped_at = monotonic()
-        self.settled: set[int] = set()
-        self.digest = b"\0" * 32
+        self.standing = Standing(0, b"\0" * 32, 0, frozenset())
+        self._held = self.standing
         self.news = asyncio.Event()
         """Set by whoever learns something that may end a round."""
         switchboard.methods[ROUND_OPEN] = self._on_open
@@ -92,7 +106,15 @@ class StageRounds:
 
     @property
     def version(self) -> int:
-        return self._passes.trainer.version
+        return self.standing.version
+
+    @property
+    def settled(self) -> frozenset[int]:
+        return self.standing.settled
+
+    def held(self) -> Standing:
+        """For the compute thread: of the weights as they are there at this moment."""
+        return self._held
 
     @property
     def is_over(self) -> bool:
@@ -105,11 +127,23 @@ class StageRounds:
         return (*frozen, *self._passes.slots)
 
     def progress(self, state: PeerState, in_flight: tuple[int, ...]) -> Progress:
-        limited = tuple(sorted(self.settled))[-MAX_SLOTS:]
-        return Progress(self._stage, self.version, self.digest, state, self.slots(), in_flight, limited)
+        now = self.standing
+        settled = tuple(sorted(now.settled))[-MAX_SLOTS:]
+        slots = self.slots()
+        return Progress(self._stage, now.version, now.digest, state, slots, in_flight, settled, now.averaged)
 
     async def start(self) -> None:
-        await self._compute.run(Urgency.ROUND, self._refresh_digest)
+        """Stand where the trainer stands: at the run's beginning, or where a checkpoint put it."""
+        size = self._manifest.batch.microbatches
+        version = self._passes.trainer.version
+        self._turn(await self._compute.run(Urgency.ROUND, self._stand, version * size, frozenset()))
+
+    def _stand(self, averaged: int, settled: frozenset[int]) -> Standing:
+        """On the compute thread, after every change of the weights."""
+        trainer, size = self._passes.trainer, self._manifest.batch.microbatches
+        recent = still_settled(settled, trainer.version, size)
+        self._held = Standing(trainer.version, trainer.digest(CHUNK_BYTES), averaged, recent)
+        return self._held
 
     async def run(self) -> None:
         """Lead, follow and catch up until cancelled."""
@@ -140,7 +174,7 @@ class StageRounds:
     def _disagrees(self, version: int) -> bool:
         settled_down = monotonic() - self._stepped_at > _PATIENCE
         agreed = self._replicas.agreed_digest(version)
-        return settled_down and agreed is not None and agreed != self.digest
+        return settled_down and agreed is not None and agreed != self.standing.digest
 
     def _leads(self, version: int) -> bool:
         members = self._replicas.members(version)
@@ -190,7 +224,10 @@ class StageRounds:
     async def _ask_to_open(self, peer: PeerId, version: int, attempt: int) -> RoundHolding:
         link = await self._switchboard.connect(peer)
         body, _ = await link.request(ROUND_OPEN, RoundOpen(version, attempt), timeout=_OPEN_TIMEOUT)
-        return wire.decode(RoundHolding, body)
+        holding = wire.decode(RoundHolding, body)
+        if holding.count != len(holding.slots):
+            raise ProtocolError(Reason.MALFORMED, f"{holding.count} gradients of {len(holding.slots)} slots")
+        return holding
 
     async def _send_commit(self, peer: PeerId, commit: RoundCommit) -> None:
         link = await self._switchboard.connect(peer)
@@ -231,6 +268,9 @@ class StageRounds:
                 raise ProtocolError(Reason.BUSY, "another leads")
         elif self._opened is not None and question.attempt <= self._opened[1]:
             raise ProtocolError(Reason.REPLAYED, f"attempt {question.attempt}")
+        if question.attempt > self._attempt + _MAX_ATTEMPTS_AHEAD:
+            # Attempts are counted on from here, and must not run out.
+            raise ProtocolError(Reason.TOO_EARLY, f"attempt {question.attempt} after {self._attempt}")
         self._opened = (link.peer, question.attempt)
         self._attempt = max(self._attempt, question.attempt)
         return wire.encode(await self._freeze(question.version)), memoryview(b"")
@@ -243,6 +283,8 @@ class StageRounds:
         own = [member for member in commit.roster if member.peer == self._own]
         if self._frozen is None or own != [Member(self._own, len(self._frozen.slots))]:
             raise ProtocolError(Reason.WRONG_PEER, "roster without what we hold")
+        if len({member.peer for member in commit.roster}) != len(commit.roster):
+            raise ProtocolError(Reason.MALFORMED, "a member twice in the roster")
         self._begin(commit)
         return b"", memoryview(b"")
 
@@ -278,12 +320,9 @@ class StageRounds:
     async def _complete(self, commit: RoundCommit, averaging: Averaging) -> None:
         began = monotonic()
         try:
-            if sum(member.count for member in commit.roster):
-                mean = await averaging.run()
-                async with asyncio.timeout(AVERAGING_TIMEOUT):
-                    await self._compute.run(Urgency.ROUND, self._step, mean)
-            else:
-                await self._compute.run(Urgency.ROUND, self._skip)
+            mean = await averaging.run() if any(member.count for member in commit.roster) else None
+            async with asyncio.timeout(AVERAGING_TIMEOUT):
+                standing = await self._compute.run(Urgency.ROUND, self._step, mean, commit)
         except (ProtocolError, TimeoutError, ValueError) as error:
             # Those who completed it announce the new version at once; then we take their state. Else we try again.
             averaging.abandon()
@@ -292,36 +331,30 @@ class StageRounds:
         else:
             log.info(
                 "round closed",
-                version=self.version,
+                version=standing.version,
                 replicas=len(commit.roster),
                 microbatches=sum(member.count for member in commit.roster),
                 seconds=round(monotonic() - began, 3),
             )
-            self._turn(set(commit.settled))
+            self._turn(standing)
         finally:
             self._running = None
             self.news.set()
 
-    def _step(self, mean: Tensor) -> None:
-        self._passes.trainer.step(mean)
-        self._after_step()
-
-    def _skip(self) -> None:
-        self._passes.trainer.skip()
-        self._after_step()
-
-    def _after_step(self) -> None:
+    def _step(self, mean: Tensor | None, commit: RoundCommit) -> Standing:
+        """On the compute thread: the optimizer's step, or none for a round without any gradient."""
+        if mean is None:
+            self._passes.trainer.skip()
+        else:
+            self._passes.trainer.step(mean)
         if self._manifest.schedule.kind == "synchronous":
             self._passes.take_gradient()  # What came after the round was closed belongs to no round.
-        self._refresh_digest()
+        averaged = self._held.averaged + sum(member.count for member in commit.roster)
+        return self._stand(averaged, self._held.settled | set(commit.settled))
 
-    def _refresh_digest(self) -> None:
-        self.digest = self._passes.trainer.digest(CHUNK_BYTES)
-
-    def _turn(self, settled: set[int]) -> None:
+    def _turn(self, standing: Standing) -> None:
         """A new version began."""
-        size = self._manifest.batch.microbatches
-        self.settled = still_settled(self.settled | settled, self.version, size)
+        self.standing = standing
         self._frozen, self._opened, self._attempt, self._lagging_since = None, None, 0, None
         self._stepped_at = monotonic()
         self._on_version()
@@ -339,34 +372,32 @@ class StageRounds:
                 link = await self._switchboard.connect(peer)
                 # The replica may have moved on since it announced; then its own word must do for now, and a
                 # state that the majority does not hold is noticed as soon as reports of that version come in.
-                fetched = await fetch_state(link, self._passes.trainer.state_bytes(), None)
-                await self._compute.run(Urgency.ROUND, self._load, fetched)
+                fetched = await fetch_state(link, self._passes.trainer.state_bytes())
+                standing = await self._compute.run(Urgency.ROUND, self._load, fetched)
             except (ProtocolError, ValueError) as error:
                 log.warning("state not taken", peer=peer, reason=str(error))
                 continue
-            log.info("state taken", peer=peer, version=self.version)
-            self._turn(set(fetched.settled))
+            log.info("state taken", peer=peer, version=standing.version)
+            self._turn(standing)
             return True
         return False
+
+    def _load(self, fetched: FetchedState) -> Standing:
+        self._passes.load_state(fetched.version, fetched.chunks)
+        standing = self._stand(fetched.averaged, frozenset(fetched.settled))
+        if standing.digest != fetched.digest:
+            raise ValueError("the state is not what its digest says")
+        return standing
 
     async def jump(self, version: int) -> None:
         """Count on from the run's version with the weights we have: the stage's own state is lost."""
 
-        def skip() -> None:
+        def skip() -> Standing:
             while self._passes.trainer.version < version:
                 self._passes.trainer.skip()
-            self._refresh_digest()
+            return self._stand(version * self._manifest.batch.microbatches, self._held.settled)
 
-        await self._compute.run(Urgency.ROUND, skip)
-        self._turn(set())
-
-    def _load(self, fetched: FetchedState) -> None:
-        trainer = self._passes.trainer
-        trainer.load_state(fetched.version, fetched.chunks)
-        self._passes.slots = []
-        self._refresh_digest()
-        if self.digest != fetched.digest:
-            raise ValueError("the state is not what its digest says")
+        self._turn(await self._compute.run(Urgency.ROUND, skip))
 
     async def stop(self) -> None:
         for averaging in self._averagings.values():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
@@ -16,7 +17,7 @@ from protocol import wire
 from protocol.errors import ProtocolError, Reason, UserError
 from protocol.links import Answer, Link, Switchboard
 from protocol.messages import MAX_CHUNK
-from protocol.requests import STATE_CHUNK, STATE_DESCRIBE, Nothing, StateChunk, StateDescription
+from protocol.requests import MAX_SETTLED, STATE_CHUNK, STATE_DESCRIBE, Nothing, StateChunk, StateDescription
 
 log = structlog.get_logger("transfer")
 
@@ -26,15 +27,36 @@ _KEPT_VERSIONS = 2
 _CONCURRENT = 4
 
 
-class StateServer:
-    """Answers `state.describe` and `state.chunk` from snapshots of the last two versions asked for."""
+class Sworn(Protocol):
+    """What a server says of the state that it gives."""
 
-    def __init__(self, switchboard: Switchboard, compute: ComputeThread, trainer: StageTrainer) -> None:
-        self._compute, self._trainer = compute, trainer
-        self._snapshots: OrderedDict[int, list[memoryview]] = OrderedDict()
+    @property
+    def digest(self) -> bytes: ...
+
+    @property
+    def averaged(self) -> int: ...
+
+    @property
+    def settled(self) -> frozenset[int]: ...
+
+
+class StateServer:
+    """Answers `state.describe` and `state.chunk` from snapshots of the last two versions asked for.
+
+    `standing` is asked on the compute thread, so that it speaks of the very weights in the snapshot.
+    """
+
+    def __init__(
+        self,
+        switchboard: Switchboard,
+        compute: ComputeThread,
+        trainer: StageTrainer,
+        standing: Callable[[], Sworn],
+    ) -> None:
+        self._compute, self._trainer, self._standing = compute, trainer, standing
+        self._snapshots: OrderedDict[int, tuple[list[memoryview], list[bytes]]] = OrderedDict()
         self._lock = asyncio.Lock()
         self.is_ready = False
-        self.settled: Sequence[int] = ()
         switchboard.methods[STATE_DESCRIBE] = self._describe
         switchboard.methods[STATE_CHUNK] = self._chunk
 
@@ -43,50 +65,53 @@ class StateServer:
         if not self.is_ready:
             raise ProtocolError(Reason.NOT_READY)
         async with self._lock:
-            version, settled, chunks, digests = await self._compute.run(Urgency.ROUND, self._snapshot)
-        self._snapshots[version] = chunks
+            description, chunks, digests = await self._compute.run(Urgency.ROUND, self._snapshot)
+        self._snapshots[description.version] = chunks, digests
         while len(self._snapshots) > _KEPT_VERSIONS:
             self._snapshots.popitem(last=False)
-        description = StateDescription(version, state_digest(digests), CHUNK_BYTES, settled)
         return wire.encode(description), memoryview(b"".join(digests))
 
-    def _snapshot(self) -> tuple[int, tuple[int, ...], list[memoryview], list[bytes]]:
-        trainer = self._trainer
-        chunks = self._snapshots.get(trainer.version) or trainer.state_chunks(CHUNK_BYTES)
-        return trainer.version, tuple(self.settled), chunks, [chunk_digest(chunk) for chunk in chunks]
+    def _snapshot(self) -> tuple[StateDescription, list[memoryview], list[bytes]]:
+        version, standing = self._trainer.version, self._standing()
+        chunks, digests = self._snapshots.get(version, ([], []))
+        # Who asks again and again must not make us hash again and again.
+        if state_digest(digests) != standing.digest:
+            chunks = self._trainer.state_chunks(CHUNK_BYTES)
+            digests = [chunk_digest(chunk) for chunk in chunks]
+        settled = tuple(sorted(standing.settled))[-MAX_SETTLED:]
+        digest = state_digest(digests)
+        return StateDescription(version, digest, CHUNK_BYTES, standing.averaged, settled), chunks, digests
 
     async def _chunk(self, link: Link, body: bytes, payload: memoryview) -> Answer:
         question = wire.decode(StateChunk, body)
-        chunks = self._snapshots.get(question.version)
-        if chunks is None or question.index >= len(chunks):
+        chunks, _ = self._snapshots.get(question.version, ([], []))
+        if question.index >= len(chunks):
             raise ProtocolError(Reason.EXPIRED, f"state {question.version}")
         return b"", chunks[question.index]
-
-    def forget(self) -> None:
-        """Let go of the snapshots: while they are kept, a step must copy the weights they show."""
-        self._snapshots.clear()
 
 
 class FetchedState:
     """A whole state as fetched: its version, digest and chunks, each chunk checked against the description."""
 
     def __init__(self, description: StateDescription, chunks: list[memoryview]) -> None:
-        self.version, self.digest, self.settled = description.version, description.digest, description.settled
+        self.version, self.digest = description.version, description.digest
+        self.averaged, self.settled = description.averaged, description.settled
         self.chunks = chunks
 
 
-async def fetch_state(link: Link, size: int, agreed: bytes | None) -> FetchedState:
-    """The full state of `size` bytes from one replica, every chunk checked.
+async def fetch_state(link: Link, size: int) -> FetchedState:
+    """The full state of `size` bytes from one replica, every chunk checked against the replica's own description.
 
-    `agreed`: the digest that the majority announces for its version, if known: another is refused.
     Raises `ProtocolError` (wrong_digest, malformed, or what the replica refused with).
     """
     body, digests = await link.request(STATE_DESCRIBE, Nothing(), timeout=_TIMEOUT)
     description = wire.decode(StateDescription, body)
     expected = [bytes(digests[at : at + 32]) for at in range(0, len(digests), 32)]
-    if state_digest(expected) != description.digest or agreed not in (None, description.digest):
+    if state_digest(expected) != description.digest:
         raise ProtocolError(Reason.WRONG_DIGEST, f"state of {link.peer}")
-    if len(expected) > size // description.chunk_bytes + 4:
+    if description.chunk_bytes != CHUNK_BYTES:
+        raise ProtocolError(Reason.MALFORMED, f"chunks of {description.chunk_bytes} bytes")
+    if len(expected) > size // CHUNK_BYTES + 4:
         raise ProtocolError(Reason.OVERSIZED, f"{len(expected)} chunks of state")
     gate = asyncio.Semaphore(_CONCURRENT)
 
@@ -114,8 +139,10 @@ class Checkpoint:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             probe = self._path.with_suffix(f".{os.getpid()}.probe")
-            probe.write_bytes(b"\0" * 65536)
-            probe.unlink()
+            try:
+                probe.write_bytes(b"\0" * 65536)
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"Cannot write to {self._path.parent}: {error.strerror}",

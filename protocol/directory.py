@@ -2,7 +2,8 @@
 
 Key `{run}/stage/{s}`, subkey PeerID, value a signed `StageRecord`, short expiry, refreshed. Without a validator
 any peer could overwrite another's record; ours accepts only dictionary records of this run whose signer is the
-subkey's peer and whose expiry is near. It acts on the nodes that install it, and readers check again.
+subkey's peer and whose expiry is near the time at which the peer stated it. It acts on the nodes that install it,
+and readers check again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Annotated
 import msgspec
 from hivemind.dht import DHTNode
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils.serializer import MSGPackSerializer
 
@@ -29,6 +31,10 @@ LIFETIME = 30.0
 """Seconds until a record that is not refreshed is gone."""
 _MAX_LIFETIME = 4 * LIFETIME
 _CLOCK_SLACK = 30.0
+_STORING = 5.0
+"""Seconds that may pass between stating a record and storing it."""
+MAX_RECORDS = 512
+"""Records of one stage that a node of the DHT keeps."""
 MAX_RECORD = 4096
 _Rate = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 
@@ -73,10 +79,11 @@ def key_of(run: bytes, stage: int) -> str:
     return f"{run.hex()}/stage/{stage}"
 
 
-def read_record(data: bytes, *, run: bytes, stage: int, peer: str) -> StageRecord:
-    """Check a record from the DHT. In order, each REJECT: size, form, run, stage, peer, signature.
+def read_record(data: bytes, *, run: bytes, stage: int, peer: str, expires: float) -> StageRecord:
+    """Check a record from the DHT. In order, each REJECT: size, form, run, stage, peer, expiry, signature.
 
-    Raises `ProtocolError`.
+    `expires` (Unix time) is not signed. Were it not tied to `stated`, which is, anybody could store an old record of
+    a peer again with a later expiry, and the peer's own newer ones would count as older. Raises `ProtocolError`.
     """
     if len(data) > MAX_RECORD:
         raise ProtocolError(Reason.OVERSIZED, "record")
@@ -88,6 +95,8 @@ def read_record(data: bytes, *, run: bytes, stage: int, peer: str) -> StageRecor
         raise ProtocolError(Reason.WRONG_STAGE, str(record.stage))
     if record.peer != peer:
         raise ProtocolError(Reason.WRONG_PEER, f"record of {record.peer} under {peer}")
+    if expires > record.stated + LIFETIME + _STORING:
+        raise ProtocolError(Reason.EXPIRED, f"stated {expires - record.stated:.0f} s before its expiry")
     check_signature(record.peer, DOMAIN, wire.encode(record), signed.signature)
     return record
 
@@ -109,12 +118,23 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
             value = MSGPackSerializer.loads(record.value)
             if not isinstance(peer, str) or not isinstance(value, bytes):
                 return False
-            read_record(value, run=self._run, stage=stage, peer=peer)
+            read_record(value, run=self._run, stage=stage, peer=peer, expires=record.expiration_time)
         except ProtocolError:
             return False
         except Exception:  # noqa: BLE001 - msgpack raises what it likes on hostile bytes; all of it means no
             return False
         return True
+
+
+class _BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
+    """hivemind's storage keeps as many subkeys as anyone cares to sign, and identities cost nothing."""
+
+    def store_subkey(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
+        held = self.get(key)
+        records = held.value if held is not None else None
+        if isinstance(records, DictionaryDHTValue) and len(records) >= MAX_RECORDS and subkey not in records:
+            return False
+        return bool(super().store_subkey(key, subkey, value, expiration_time))
 
 
 class Directory:
@@ -126,7 +146,9 @@ class Directory:
 
     @classmethod
     async def join(cls, host: Host, run: bytes, stages: int) -> Directory:
-        return cls(await host.join_dht(RecordValidator(run, stages)), run)
+        node = await host.join_dht(RecordValidator(run, stages))
+        node.protocol.storage = _BoundedStorage()
+        return cls(node, run)
 
     async def announce(self, record: StageRecord, identity: Identity) -> bool:
         """Store our record for `LIFETIME` seconds. False if no DHT node took it."""
@@ -148,7 +170,9 @@ class Directory:
         records: dict[PeerId, StageRecord] = {}
         for peer, entry in found.value.items():
             try:
-                record = read_record(entry.value, run=self._run, stage=stage, peer=peer)
+                record = read_record(
+                    entry.value, run=self._run, stage=stage, peer=peer, expires=entry.expiration_time
+                )
             except (ProtocolError, TypeError, AttributeError):
                 continue
             if record.state is not PeerState.LEFT and record.stated < time.time() + _CLOCK_SLACK:

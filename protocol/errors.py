@@ -16,7 +16,7 @@ class UserError(SentinelError):
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(f"{problem}. {remedy}")
+        super().__init__(f"{problem.rstrip('.')}. {remedy}")
         self.problem = problem
         self.remedy = remedy
 
@@ -38,6 +38,8 @@ class Reason(StrEnum):
     REPLAYED = "replayed"
     UNSOLICITED = "unsolicited"
     OVER_CREDIT = "over_credit"
+    NOT_READING = "not_reading"
+    SHUT_OUT = "shut_out"
     EXPIRED = "expired"
     STALE = "stale"
     TOO_EARLY = "too_early"

@@ -10,14 +10,17 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
+import structlog
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
 
 from protocol.identity import PeerId
 
-MAX_GOSSIP = 48 * 1024
-"""Bytes of one gossip message; a larger one is dropped unread."""
+log = structlog.get_logger("gossip")
+
+MAX_GOSSIP = 256 * 1024
+"""Bytes of one gossip message; a larger one is dropped unread. The longest report has three lists of 8,192 slots."""
 
 OnGossip = Callable[[PeerId, bytes], None]
 
@@ -38,6 +41,14 @@ async def publish(p2p: P2P, topic: str, data: bytes) -> None:
     writer.close()
 
 
+def _tell(on_gossip: OnGossip, author: PeerId, data: bytes) -> None:
+    try:
+        on_gossip(author, data)
+    except Exception:
+        # One message must not end the subscription.
+        log.exception("a gossip message could not be taken", author=author)
+
+
 async def subscribe(p2p: P2P, topic: str, on_gossip: OnGossip) -> asyncio.Task[None]:
     """Call `on_gossip(author, data)` for each message until the returned task is cancelled."""
     request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.SUBSCRIBE, topic=topic)
@@ -51,7 +62,7 @@ async def subscribe(p2p: P2P, topic: str, on_gossip: OnGossip) -> asyncio.Task[N
                 await read_pbmsg_safe(reader, message)
                 if len(message.data) <= MAX_GOSSIP:
                     author = PeerID(getattr(message, "from"))
-                    on_gossip(PeerId(author.to_base58()), bytes(message.data))
+                    _tell(on_gossip, PeerId(author.to_base58()), bytes(message.data))
         except asyncio.IncompleteReadError:
             return
         finally:

@@ -9,6 +9,7 @@ import asyncio
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonErro
 from hivemind.utils.multiaddr import Multiaddr
 
 from protocol import gossip
-from protocol.errors import ProtocolError, Reason, UserError
+from protocol.errors import ProtocolError, Reason, SentinelError, UserError
 from protocol.identity import PeerId
 
 log = structlog.get_logger("host")
@@ -41,10 +42,18 @@ _RELAY_SERVICE = {
 _PUBSUB = {"pubsub": 1, "pubsubRouter": "gossipsub", "pubsubSign": 1, "pubsubSignStrict": 1}
 
 
+_starting: ContextVar[list[P2P]] = ContextVar("_starting")
+"""Where a daemon enters itself at birth: `P2P.create` hands it out only once it is up, and it may not come to that."""
+
+
 class _Daemon(P2P):  # type: ignore[misc]
     """hivemind's wrapper of p2pd, with the flags that `P2P.create` does not expose."""
 
     extra_flags: dict[str, Any] = {}  # noqa: RUF012 - set once a subclass, below
+
+    def __init__(self) -> None:
+        super().__init__()
+        _starting.get().append(self)
 
     @classmethod
     def _make_process_args(cls, *args: Any, **flags: Any) -> list[str]:
@@ -86,6 +95,8 @@ class Host:
         is_local = _is_loopback(listen)
         behind_nat = bool(seeds) and not is_local
         _check_ports_free(listen)
+        born: list[P2P] = []
+        _starting.set(born)
         try:
             p2p = await daemon.create(
                 host_maddrs=list(listen),
@@ -97,12 +108,12 @@ class Host:
                 use_auto_relay=behind_nat,
                 trusted_relays=list(seeds) if behind_nat else None,
             )
-        except (P2PDaemonError, ValueError) as error:
-            raise _explain(error, listen) from None
-        try:
             await _reach_any(p2p, seeds)
+        except (P2PDaemonError, ControlFailure, ValueError, OSError, EOFError) as error:
+            await _shutdown(*born)
+            raise _explain(error, listen) from None
         except BaseException:
-            await _shutdown(p2p)
+            await _shutdown(*born)
             raise
         return cls(p2p, seeds)
 
@@ -144,6 +155,11 @@ class Host:
         """Until `stop`: call `on_gossip(author, data)` on the event loop for each message of `topic`."""
         self._gossip_tasks.append(await gossip.subscribe(self.p2p, topic, on_gossip))
 
+    async def watch(self) -> None:
+        """Until cancelled. Raises `SentinelError` if p2pd ends: without it we are off the network."""
+        code = await self.p2p._child.wait()
+        raise SentinelError(f"the network daemon p2pd ended by itself (code {code}); start this peer again")
+
     async def stop(self) -> None:
         for task in self._gossip_tasks:
             task.cancel()
@@ -155,15 +171,16 @@ class Host:
         await _shutdown(self.p2p)
 
 
-async def _shutdown(p2p: P2P) -> None:
+async def _shutdown(*daemons: P2P) -> None:
     """Terminate p2pd and wait for its end; kill it if it does not go, since it would hold its port."""
-    try:
-        async with asyncio.timeout(_STOP_TIMEOUT):
-            await p2p.shutdown()
-    except TimeoutError:
-        log.warning("p2pd did not stop and was killed")
-        p2p._child.kill()
-        await p2p._child.wait()
+    for p2p in daemons:
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT):
+                await p2p.shutdown()
+        except TimeoutError:
+            log.warning("p2pd did not stop and was killed")
+            p2p._child.kill()
+            await p2p._child.wait()
 
 
 def _without_peer(address: str) -> Multiaddr:
@@ -192,9 +209,10 @@ async def _reach_any(p2p: P2P, seeds: Sequence[str]) -> None:
 def _check_ports_free(listen: Sequence[str]) -> None:
     """p2pd starts without a word when only some of its addresses are taken, so look first. Raises `UserError`."""
     for address in listen:
-        parts = address.strip("/").split("/")
-        if len(parts) < 4 or parts[0] not in ("ip4", "ip6") or parts[2] not in ("tcp", "udp"):
-            raise UserError(f"{address} is no address to listen on", "Write it like /ip4/0.0.0.0/tcp/31337")
+        parts = address.removeprefix("/").split("/")
+        # Of an address that it does not understand p2pd says nothing either, if it understands another.
+        if parts[0] not in ("ip4", "ip6") or parts[2:3] + parts[4:] not in (["tcp"], ["udp", "quic-v1"]):
+            raise _no_address(address)
         family = socket.AF_INET if parts[0] == "ip4" else socket.AF_INET6
         kind = socket.SOCK_STREAM if parts[2] == "tcp" else socket.SOCK_DGRAM
         try:
@@ -202,18 +220,28 @@ def _check_ports_free(listen: Sequence[str]) -> None:
                 if kind == socket.SOCK_STREAM:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((parts[1], int(parts[3])))
-        except (OSError, ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, socket.gaierror):
+            raise _no_address(address) from None
+        except OSError as error:
             raise UserError(
-                f"Cannot listen on {address}: {error}",
+                f"Cannot listen on {address}: {error.strerror}",
                 "Choose another with --listen, or stop what holds the port",
             ) from None
 
 
+def _no_address(address: str) -> UserError:
+    remedy = "Write it like /ip4/0.0.0.0/tcp/31337 or /ip4/0.0.0.0/udp/31337/quic-v1"
+    return UserError(f"{address} is no address to listen on", remedy)
+
+
 def _explain(error: Exception, listen: Sequence[str]) -> UserError:
-    text = str(error)
+    text = (str(error).splitlines() or [type(error).__name__])[0][:300]
     if "failed to start in" in text:
         return UserError(
             f"The network daemon p2pd did not come up in {_STARTUP_TIMEOUT:.0f} s",
             "The machine may be overloaded: try again",
         )
-    return UserError(f"The network daemon p2pd cannot start on {', '.join(listen)}: {text}", "Check --listen")
+    return UserError(
+        f"The network daemon p2pd cannot start on {', '.join(listen)}: {text}",
+        "Check --listen; if it is right, install hivemind again, which brings p2pd",
+    )

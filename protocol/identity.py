@@ -24,6 +24,7 @@ PeerId = NewType("PeerId", str)
 
 # Identity multihash (code 0, 36 bytes) of the libp2p PublicKey protobuf (type Ed25519, 32 bytes of key).
 _PEER_ID_PREFIX = b"\x00\x24\x08\x01\x12\x20"
+_PEER_ID_LENGTH = 52
 
 
 def peer_id_of(public_key: bytes) -> PeerId:
@@ -38,6 +39,8 @@ def _verifying_key(peer: str) -> Ed25519PublicKey:
 
 def public_key_of(peer: str) -> bytes:
     """The raw 32-byte public key inside a PeerID. Raises `ProtocolError` (malformed) for any other kind of id."""
+    if len(peer) != _PEER_ID_LENGTH:  # Decoding takes time that grows with the square of the length.
+        raise ProtocolError(Reason.MALFORMED, "PeerID of another length than an Ed25519 key's")
     try:
         raw = base58.b58decode(peer)
     except ValueError:
@@ -84,13 +87,17 @@ class Identity:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
+            except BaseException:
+                path.unlink()  # Half a key would be in the way of the next start.
+                raise
         except FileExistsError:
             raise UserError(f"{path} exists already", "Name another file, or move this key away") from None
         except OSError as error:
             raise UserError(
-                f"Cannot write the key file {path}: {error.strerror}", "Name a writable place"
+                f"Cannot write the key file {path}: {error.strerror}", "Free space, or name a writable place"
             ) from None
 
     @classmethod

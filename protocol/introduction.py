@@ -13,6 +13,9 @@ from protocol.messages import MAX_CHUNK
 from protocol.requests import MANIFEST, Nothing
 
 _TIMEOUT = 10.0
+_ASK = (
+    "Get a newer invite, or ask the operator whether `sentinel-node bootstrap` runs with this run's manifest"
+)
 
 
 class Deaf:
@@ -38,27 +41,31 @@ def manifest_method(signed: SignedManifest) -> Method:
 
 
 async def fetch_manifest(host: Host, invite: Invite) -> SignedManifest:
-    """The manifest that the invite names, from the first seed that gives it. Raises `UserError`."""
+    """The manifest that the invite names, from the first seed that gives it. Raises `UserError` if none does."""
     switchboard = Switchboard(host, invite.run, stage=-1, max_tensor=0, owner=Deaf())
     await switchboard.start(accept=False)
+    problem = UserError("The invite names no seed", _ASK)
     try:
         for seed in invite.seeds:
-            _, _, peer = seed.rpartition("/p2p/")
             try:
-                link = await switchboard.connect(PeerId(peer), [seed])
-                _, text = await link.request(MANIFEST, Nothing(), timeout=_TIMEOUT)
-                signed = SignedManifest.parse(bytes(text).decode(errors="replace"), f"seed {peer}")
-            except ProtocolError:
-                continue
-            if signed.run != invite.run or signed.operator != invite.operator:
-                raise UserError(
-                    "The seed serves another manifest than the invite names",
-                    "Ask the operator for a newer invite",
-                )
-            return signed
+                return await _ask(switchboard, invite, seed)
+            except UserError as error:
+                problem = error
     finally:
         await switchboard.stop()
-    raise UserError(
-        "No seed of the invite serves its manifest",
-        "Ask the operator whether `sentinel-node bootstrap` runs with this run's manifest, or get a newer invite",
-    )
+    raise problem
+
+
+async def _ask(switchboard: Switchboard, invite: Invite, seed: str) -> SignedManifest:
+    _, _, peer = seed.rpartition("/p2p/")
+    try:
+        link = await switchboard.connect(PeerId(peer), [seed])
+        _, text = await link.request(MANIFEST, Nothing(), timeout=_TIMEOUT)
+    except ProtocolError as error:
+        raise UserError(
+            f"Seed {peer} does not serve the run of this invite ({error.reason.value})", _ASK
+        ) from None
+    signed = SignedManifest.parse(bytes(text).decode(errors="replace"), f"seed {peer}")
+    if signed.run != invite.run or signed.operator != invite.operator:
+        raise UserError(f"Seed {peer} serves another manifest than the invite names", _ASK)
+    return signed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import Annotated
 
 import msgspec
@@ -13,6 +14,7 @@ from protocol.errors import ProtocolError, UserError
 from protocol.wire import Digest, PeerName
 
 _PREFIX = "sentinel1-"
+_OTHER_VERSION = re.compile(r"sentinel\d+-")
 _CHECKSUM = 4
 Address = Annotated[str, msgspec.Meta(min_length=1, max_length=300, pattern="^/")]
 
@@ -34,6 +36,8 @@ class Invite(wire.Message, frozen=True):
         text = "".join(text.split())
         remedy = "Copy the whole line that `sentinel-node bootstrap` printed"
         if not text.startswith(_PREFIX):
+            if _OTHER_VERSION.match(text):
+                raise _other_version()
             raise UserError(f"This is not an invite: it does not begin with {_PREFIX}", remedy)
         encoded = text.removeprefix(_PREFIX)
         try:
@@ -46,6 +50,11 @@ class Invite(wire.Message, frozen=True):
         try:
             return wire.decode(cls, body)
         except ProtocolError:
-            raise UserError(
-                "The invite was made by another version of sentinel-node", "Install the same"
-            ) from None
+            raise _other_version() from None
+
+
+def _other_version() -> UserError:
+    return UserError(
+        "The invite was made by another version of sentinel-node",
+        "Install the version that the operator runs",
+    )

@@ -34,6 +34,8 @@ MAX_LINKS = 256
 MAX_STREAMS = 8
 MAX_REQUESTS = 16
 """Requests of one peer that are answered at the same time; more are refused as busy."""
+MAX_ANSWERING = 512 * 1024 * 1024
+"""Bytes of payload in requests being answered, of all peers together; more are refused as busy."""
 LONG_ROUND_TRIP = 0.03
 STREAMS_WHEN_LONG = 4
 
@@ -110,10 +112,13 @@ class Link:
             raise ProtocolError(reply.refused, f"{method} at {self.peer}")
         return reply.body, answer
 
-    def take_reply(self, reply: Reply, payload: memoryview) -> None:
+    def take_reply(self, reply: Reply, payload: memoryview) -> bool:
+        """False if nobody waits for it: it came too late, or was never asked for."""
         question = self._questions.get(reply.number)
-        if question is not None and not question.done():
-            question.set_result((reply, payload))
+        if question is None or question.done():
+            return False
+        question.set_result((reply, payload))
+        return True
 
     def close(self, *, abort: bool = False) -> None:
         self.closed = True
@@ -140,6 +145,7 @@ class Switchboard:
         self._penalties: OrderedDict[PeerId, float] = OrderedDict()
         self._dialling: dict[PeerId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._answering = 0
 
     async def start(self, *, accept: bool = True) -> None:
         """`accept=False`: only dial, as one does who has nothing to serve yet."""
@@ -172,7 +178,7 @@ class Switchboard:
             async with asyncio.timeout(timeout), lock:
                 link = self.links.get(peer)
                 if link is None or not link.is_up:
-                    self._check_not_shut_out(peer)
+                    self._check_admitted(peer)
                     await self.host.connect(peer, addresses)
                     link = await self._open_stream(peer)
                     link.dialled = True
@@ -184,19 +190,24 @@ class Switchboard:
             if not lock.locked():
                 self._dialling.pop(peer, None)
 
-    def _check_not_shut_out(self, peer: PeerId) -> None:
+    def _check_admitted(self, peer: PeerId) -> None:
+        """Raises `ProtocolError`: shut_out, or busy where there is no room for another link."""
         if self._penalties.get(peer, 0.0) > monotonic():
-            raise ProtocolError(Reason.UNREACHABLE, f"{peer} broke the protocol and is shut out")
+            raise ProtocolError(Reason.SHUT_OUT, f"{peer} broke the protocol")
+        if peer not in self.links and len(self.links) >= MAX_LINKS:
+            raise ProtocolError(Reason.BUSY, "too many links")
 
     async def _open_stream(self, peer: PeerId) -> Link:
         endpoint = await sockets.dial(self.host.p2p, peer, self._protocol, DIAL_TIMEOUT)
         return await self._adopt(peer, endpoint)
 
     async def _accept(self, peer: PeerId, endpoint: socket.socket) -> None:
-        self._check_not_shut_out(peer)
-        if peer not in self.links and len(self.links) >= MAX_LINKS:
-            raise ProtocolError(Reason.BUSY, "too many links")
-        await self._adopt(peer, endpoint)
+        try:
+            self._check_admitted(peer)
+            await self._adopt(peer, endpoint)
+        except ProtocolError as error:
+            self.refusals.count(peer, error)
+            raise
 
     async def _adopt(self, peer: PeerId, endpoint: socket.socket) -> Link:
         link = self.links.get(peer)
@@ -225,12 +236,11 @@ class Switchboard:
     def _on_frame(self, link: Link, stream: Stream, message: wire.Message, payload: memoryview) -> None:
         if isinstance(message, Hello):
             self._greet(link, stream, message)
-        elif not stream.greeted:
-            raise ProtocolError(Reason.MALFORMED, "no hello first")
         elif isinstance(message, Request):
             self._spawn(self._answer(link, message, payload))
         elif isinstance(message, Reply):
-            link.take_reply(message, payload)
+            if not link.take_reply(message, payload):
+                self.refusals.count(link.peer, ProtocolError(Reason.UNSOLICITED, f"reply {message.number}"))
         else:
             self._owner.on_message(link, message, payload)
 
@@ -241,6 +251,8 @@ class Switchboard:
             raise ProtocolError(Reason.WRONG_VERSION, str(hello.version))
         if hello.run != self.run:
             raise ProtocolError(Reason.FOREIGN_RUN)
+        if link.up.is_set() and hello.stage != link.stage:
+            raise ProtocolError(Reason.WRONG_STAGE, f"{hello.stage} and {link.stage} on one link")
         stream.greeted = True
         link.stage = hello.stage
         stream.ping()
@@ -251,8 +263,9 @@ class Switchboard:
     async def _answer(self, link: Link, request: Request, payload: memoryview) -> None:
         refused, body, answer = None, b"", _EMPTY
         link.answering += 1
+        self._answering += len(payload)
         try:
-            if link.answering > MAX_REQUESTS:
+            if link.answering > MAX_REQUESTS or self._answering > MAX_ANSWERING:
                 raise ProtocolError(Reason.BUSY, request.method)
             method = self.methods.get(request.method)
             if method is None:
@@ -269,6 +282,7 @@ class Switchboard:
             refused, body, answer = Reason.INTERNAL, b"", _EMPTY
         finally:
             link.answering -= 1
+            self._answering -= len(payload)
         try:
             link.send(Reply(request.number, refused, body), answer)
         except ProtocolError:

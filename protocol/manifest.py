@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protocol.errors import ProtocolError, UserError
 from protocol.identity import Identity, check_signature
@@ -34,6 +34,12 @@ class ModelSection(_Section):
 
     config: dict[str, Any]
     tokenizer: str = "bytes"
+
+    @field_validator("config")
+    @classmethod
+    def _fits_toml(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """TOML has no null; to transformers a key that is absent is its default, as null is."""
+        return {key: _without_nulls(value) for key, value in config.items() if value is not None}
 
     @property
     def layers(self) -> int:
@@ -148,11 +154,14 @@ class SignedManifest(_Section):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(path.name + ".part")
-            temporary.write_text(self.to_toml())
-            temporary.replace(path)
+            try:
+                temporary.write_text(self.to_toml())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"Cannot write {path}: {error.strerror}", "Name a writable place with --out"
+                f"Cannot write {path}: {error.strerror}", "Free space, or name a writable place with --out"
             ) from None
 
     @classmethod
@@ -176,23 +185,34 @@ class SignedManifest(_Section):
             body = tomllib.loads(text)
             seal = body.pop("seal")
             signed = cls(manifest=Manifest(**body), operator=seal["operator"], signature=seal["signature"])
-            signature = bytes.fromhex(signed.signature)
+            signature, content = bytes.fromhex(signed.signature), signed.manifest.canonical()
         except (
             tomllib.TOMLDecodeError,
             ValidationError,
             ValueError,
             KeyError,
             TypeError,
+            OverflowError,
             RecursionError,
         ) as error:
             raise UserError(
                 f"The manifest from {source} is not valid: {_first_line(error)}", remedy
             ) from None
         try:
-            check_signature(signed.operator, DOMAIN, signed.manifest.canonical(), signature)
+            check_signature(signed.operator, DOMAIN, content, signature)
         except ProtocolError:
             raise UserError(f"The manifest from {source} was altered after it was signed", remedy) from None
         return signed
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        if None in value:
+            raise ValueError("null in a list cannot be written as TOML")
+        return [_without_nulls(one) for one in value]
+    return value
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from protocol.wire import Count, Digest, Natural, StageField
 
 MAX_SLOTS = 8192
 Slots = Annotated[tuple[Natural, ...], msgspec.Meta(max_length=MAX_SLOTS)]
+ReasonName = Annotated[str, msgspec.Meta(max_length=32)]
 _Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 
 
@@ -24,7 +25,8 @@ class Progress(wire.Message, frozen=True):
 
     `version`: the weights it holds, and so the round it works on; `digest`: of its full state at that version.
     `slots`: whose gradients it has accumulated for this round; `in_flight`: those a head has injected and that are
-    not back; `settled`: slots of late rounds that are averaged into the weights.
+    not back; `settled`: slots of late rounds that are averaged into the weights; `averaged`: how many microbatches
+    have gone into the weights since the run began.
     """
 
     stage: StageField
@@ -34,6 +36,7 @@ class Progress(wire.Message, frozen=True):
     slots: Slots
     in_flight: Slots
     settled: Slots
+    averaged: Natural
 
 
 class SlotLoss(wire.Message, frozen=True):
@@ -56,7 +59,7 @@ class Metrics(wire.Message, frozen=True):
     in_flight: Count
     tokens_per_second: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     sent_bytes: Natural
-    refused: Annotated[dict[str, int], msgspec.Meta(max_length=64)]
+    refused: Annotated[dict[ReasonName, Natural], msgspec.Meta(max_length=64)]
     losses: Annotated[tuple[SlotLoss, ...], msgspec.Meta(max_length=MAX_SLOTS)]
     waiting_for: Annotated[int, msgspec.Meta(ge=-1, le=4095)]
 

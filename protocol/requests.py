@@ -17,6 +17,7 @@ STATE_DESCRIBE: Final = "state.describe"
 STATE_CHUNK: Final = "state.chunk"
 
 MAX_ROSTER: Final = 256
+MAX_SETTLED: Final = 8192
 
 
 class Nothing(wire.Message, frozen=True):
@@ -34,7 +35,7 @@ class RoundHolding(wire.Message, frozen=True):
     """The answer: gradients of so many microbatches, these slots."""
 
     count: Count
-    slots: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=4096)]
+    slots: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=MAX_SETTLED)]
 
 
 class Member(wire.Message, frozen=True):
@@ -48,7 +49,7 @@ class RoundCommit(wire.Message, frozen=True):
     version: Natural
     attempt: Count
     roster: Annotated[tuple[Member, ...], msgspec.Meta(min_length=1, max_length=MAX_ROSTER)]
-    settled: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=4096)]
+    settled: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=MAX_SETTLED)]
 
 
 class RoundPart(wire.Message, frozen=True):
@@ -66,7 +67,8 @@ class StateDescription(wire.Message, frozen=True):
     version: Natural
     digest: Digest
     chunk_bytes: Count
-    settled: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=4096)]
+    averaged: Natural
+    settled: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=MAX_SETTLED)]
 
 
 class StateChunk(wire.Message, frozen=True):

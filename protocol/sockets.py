@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
+import structlog
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
@@ -21,9 +22,12 @@ from hivemind.utils.multiaddr import Multiaddr
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
 
+log = structlog.get_logger("sockets")
+
 _BUFFER = 4 * 1024 * 1024
 _HANDSHAKE_TIMEOUT = 10.0
 _MAX_CONTROL = 64 * 1024
+_ACCEPT_AGAIN = 0.2
 
 OnSocket = Callable[[PeerId, socket.socket], Awaitable[None]]
 
@@ -140,7 +144,14 @@ class Acceptor:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            stream, _ = await loop.sock_accept(self._listener)
+            try:
+                stream, _ = await loop.sock_accept(self._listener)
+            except (
+                OSError
+            ) as error:  # Out of file descriptors: this passes, and must not make us deaf for good.
+                log.warning("cannot accept a stream", problem=str(error))
+                await asyncio.sleep(_ACCEPT_AGAIN)
+                continue
             stream.setblocking(False)
             _widen(stream)
             self._spawn(self._greet(stream))

@@ -19,13 +19,16 @@ OnClosed = Callable[["Stream"], None]
 
 _EMPTY = memoryview(b"")
 _MAX_BACKLOG_FOR_PONG = 1024 * 1024
+MAX_BACKLOG = 256 * 1024 * 1024
+"""Bytes that may wait for a peer that does not read, on one stream, beyond two tensors; more ends the link."""
 
 
 class Stream(asyncio.BufferedProtocol):
     """Reads frames straight into the memory that keeps them; writes without copying the payload.
 
-    `greeting` is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and must not block. A
-    `ProtocolError` out of parsing or out of `on_frame` goes to `on_violation`, and the stream is aborted.
+    `greeting` is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and
+    must not block. Until it has set `greeted` only a hello is read. A `ProtocolError` out of parsing or out of
+    `on_frame` goes to `on_violation`, and the stream is aborted.
     """
 
     def __init__(
@@ -85,6 +88,10 @@ class Stream(asyncio.BufferedProtocol):
             self._kind, message_size, payload_size = messages.parse_header(
                 bytes(self._header), self._max_tensor
             )
+            if (
+                not self.greeted and self._kind is not Kind.HELLO
+            ):  # Before a stranger makes us allocate anything.
+                raise ProtocolError(Reason.MALFORMED, "no hello first")
             self._message = memoryview(bytearray(message_size))
             # Not zeroed: the network fills it. This is the memory that the tensor will be a view of.
             self._payload = memoryview(np.empty(payload_size, np.uint8).data) if payload_size else _EMPTY
@@ -126,6 +133,10 @@ class Stream(asyncio.BufferedProtocol):
 
     def _write(self, parts: tuple[bytes | memoryview, ...]) -> None:
         if self._transport is None or not self.is_open:
+            return
+        if self.backlog > MAX_BACKLOG + 2 * self._max_tensor:
+            self._on_violation(self, ProtocolError(Reason.NOT_READING, f"{self.backlog} bytes wait"))
+            self.abort()
             return
         for part in parts:
             self.sent_bytes += len(part)

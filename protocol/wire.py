@@ -23,7 +23,7 @@ M = TypeVar("M", bound=Message)
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 PeerName = Annotated[
-    str, msgspec.Meta(min_length=52, max_length=52, pattern="^12D3KooW[1-9A-HJ-NP-Za-km-z]+$")
+    str, msgspec.Meta(min_length=52, max_length=52, pattern="^12D3KooW[1-9A-HJ-NP-Za-km-z]+\\Z")
 ]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 StageField = Annotated[int, msgspec.Meta(ge=0, le=4095)]

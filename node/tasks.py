@@ -1,0 +1,66 @@
+"""The tasks of a node: started together, ended together, and none of them fails unseen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from protocol.errors import ProtocolError
+
+log = structlog.get_logger("node")
+
+
+class TaskSet:
+    """`failed` resolves with the first error that a task did not handle itself."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+
+    def every(self, seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+        """Again and again; what the network does to one turn is logged, and the next one tried."""
+
+        async def repeat() -> None:
+            while True:
+                try:
+                    await action()
+                except (ProtocolError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+                    log.warning("will be tried again", action=action.__name__, reason=str(error))
+                await asyncio.sleep(seconds)
+
+        self.spawn(repeat())
+
+    def _on_done(self, task: asyncio.Future[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def wait(self) -> None:
+        """For ever, or until a task fails: raises its error."""
+        await asyncio.shield(self._failure)
+
+    async def stop(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._failure.cancel()
+
+
+async def wait_for(event: asyncio.Event, timeout: float) -> None:
+    """Until the event is set, or `timeout` seconds; clears it."""
+    try:
+        async with asyncio.timeout(timeout):
+            await event.wait()
+    except TimeoutError:
+        return
+    finally:
+        event.clear()
