@@ -127,10 +127,13 @@ class Spread:
     def discount(self, scores: Floats, round: int, group: Mask | None) -> Floats:
         """(K,) what to divide scores (N, K) by, at least 1; rows and rounds as in `Centring.residuals`."""
         if group is not None:
-            self._step = round, np.maximum(1.0, np.median(scores[group], axis=0) / self._usual)
-        if self._step is None or self._step[0] != round:
-            return np.ones(scores.shape[1])
-        return self._step[1]
+            self._step = round, np.maximum(np.median(scores[group], axis=0), _SCALE_FLOOR)
+        discount: Floats = np.maximum(1.0, self.typical(round) / self._usual)
+        return discount
+
+    def typical(self, round: int) -> Floats:
+        """(K,) the median score of the round's group, or the usual one where there was none."""
+        return self._step[1] if self._step is not None and self._step[0] == round else self._usual
 
     def learn(self, scores: Floats) -> None:
         """Learn from the undiscounted scores (n, K) of accepted hops."""

@@ -41,7 +41,8 @@ class Settings:
 
     - `alpha`: the chance of ever banning an honest peer by evidence alone.
     - `refuse`: the p-value of a family of features at which a tensor is odd: heard in court or refused.
-    - `outlier`: the score, in robust standard deviations, that is odd while there are too few scores for ranks.
+    - `outlier`: how many times the typical score is odd while there are too few scores for ranks.
+    - `guard`: the marginal score, in robust standard deviations, that a receiver reports though it was not sampled.
     - `window`: accepted scores remembered a stream.
     - `probation`: rounds that a score waits before it is believed.
     - `margin`: what p-values are multiplied by before they are bet on: a stream that drifts is not quite exchangeable.
@@ -53,7 +54,8 @@ class Settings:
 
     alpha: float = 1e-3
     refuse: float = 1 / 500
-    outlier: float = 6.0
+    outlier: float = 5.0
+    guard: float = 6.0
     window: int = 512
     probation: int = 4
     margin: float = 2.0
@@ -137,7 +139,7 @@ class Sentinel(Detector):
         values = self._marginal(hops, state)
         valid = self._valid(hops, values)
         residuals = state.marginal.residuals(values, hops.round, None)
-        return ~valid | (_size(residuals) > self.settings.outlier)
+        return ~valid | (_size(residuals) > self.settings.guard)
 
     def standing(self, peer: Peer) -> Standing:
         row = self._roster.find(peer)
@@ -169,7 +171,7 @@ class Sentinel(Detector):
         raw, scores = scores.max(1), unspread / state.spread.discount(unspread, hops.round, group)
         scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
-        odd = self._odd(state, scores, p)
+        odd = self._odd(state, unspread / state.spread.typical(hops.round), valid, p)
         confirmed = self._refusals.confirmed(hops, rows, quorum)
         wanted = odd | (self._evidence(rows) >= self._ladder.top / 3)
         wanted[list(confirmed)] = False
@@ -197,13 +199,16 @@ class Sentinel(Detector):
         whole = len(set(hops.peers)) >= 2 * quorum - 1 and bool(trusted.any())
         return trusted if self.settings.centring and whole else None
 
-    def _odd(self, state: _StreamState, scores: Floats, p: Floats) -> Mask:
-        """By rank; by size while there are too few scores to rank against."""
+    def _odd(self, state: _StreamState, relative: Floats, valid: Mask, p: Floats) -> Mask:
+        """By rank; by size relative to what is typical while there are too few scores to rank against."""
         known = len(state.reference)
         if known < _RANKABLE:
-            odd: Mask = scores.max(1) > self.settings.outlier
+            odd: Mask = ~valid | (relative.max(1) > self.settings.outlier)
             return odd
         rare: Mask = p.min(1) <= max(self.settings.refuse, 1 / (1 + known))
+        if known * self.settings.refuse < 1:
+            # To be the highest of so few happens more often than an honest tensor may be refused.
+            rare &= ~valid | (relative.max(1) > self.settings.outlier / 2)
         return rare
 
     def _state(self, hops: Hops) -> _StreamState:
