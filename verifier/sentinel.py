@@ -208,7 +208,7 @@ class Sentinel(Detector):
         rare: Mask = p.min(1) <= max(self.settings.refuse, 1 / (1 + known))
         if known * self.settings.refuse < 1:
             # To be the highest of so few happens more often than an honest tensor may be refused.
-            rare &= ~valid | (relative.max(1) > self.settings.outlier / 2)
+            rare &= ~valid | (relative.max(1) > self.settings.outlier)
         return rare
 
     def _state(self, hops: Hops) -> _StreamState:
