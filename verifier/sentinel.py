@@ -325,7 +325,8 @@ class Sentinel(Detector):
         chosen = np.flatnonzero(good)
         if not len(chosen):
             return
-        state.spread.learn(screening.unspread[chosen])
+        if state.marginal.ready:
+            state.spread.learn(screening.unspread[chosen])
         hops = hops if len(chosen) == len(hops) else hops.take(chosen)
         state.mean.update(hops.outputs.mean(1))
         state.marginal.learn(screening.marginal[chosen], screening.marginal_residuals[chosen])
