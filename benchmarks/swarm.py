@@ -42,8 +42,8 @@ def _entry_point() -> EntryPoint:
     return found
 
 
-def _become(arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
-    """In the forked child: be `sentinel-node ARGUMENTS`."""
+def become(arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
+    """In a child forked for it: be `sentinel-node ARGUMENTS`, with its output in these files."""
     for path, number in ((stdout, 1), (stderr, 2)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
@@ -106,7 +106,7 @@ class LocalSwarm:
         stdout, stderr = self.folder / f"{name}.out", self.folder / f"{name}.log"
         listen = [word for address in LOOPBACK for word in ("--listen", address)]
         words = [*arguments, *listen, "--identity", str(key)]
-        process = self._context.Process(target=_become, args=(words, stdout, stderr), name=name)
+        process = self._context.Process(target=become, args=(words, stdout, stderr), name=name)
         process.start()
         return Process(name, process, stdout, stderr, peer, stage)
 

@@ -14,7 +14,7 @@ from protocol.directory import Directory
 from protocol.host import DEFAULT_LISTEN, Host
 from protocol.identity import Identity, PeerId
 from protocol.introduction import Deaf, manifest_method
-from protocol.invite import Invite
+from protocol.invite import MAX_SEEDS, Invite
 from protocol.links import Switchboard
 from protocol.manifest import SignedManifest
 from protocol.reports import metrics_topic, progress_topic
@@ -27,15 +27,21 @@ class Seed:
     """`start`, hand out `invite`, `stop` on every path."""
 
     def __init__(
-        self, signed: SignedManifest, identity: Path, listen: Sequence[str] = DEFAULT_LISTEN
+        self,
+        signed: SignedManifest,
+        identity: Path,
+        listen: Sequence[str] = DEFAULT_LISTEN,
+        others: Sequence[str] = (),
     ) -> None:
+        """`others`: addresses of seeds of this run that are up already."""
         self._signed, self._identity_path, self._listen = signed, identity, listen
+        self._others = tuple(others)
 
     async def start(self) -> Invite:
-        """Raises `UserError` if an address cannot be listened on or the identity cannot be used."""
+        """Raises `UserError` if an address cannot be listened on, or none of the other seeds can be reached."""
         Identity.load_or_create(self._identity_path)
         run, stages = self._signed.run, self._signed.manifest.stages.count
-        self.host = await Host.start(self._identity_path, listen=self._listen, relay=True)
+        self.host = await Host.start(self._identity_path, listen=self._listen, seeds=self._others, relay=True)
         await Directory.join(self.host, run, stages)
         self._switchboard = Switchboard(self.host, run, stage=-1, max_tensor=0, owner=Deaf())
         self._switchboard.methods[MANIFEST] = manifest_method(self._signed)
@@ -44,7 +50,9 @@ class Seed:
         for topic in (metrics_topic(run), *(progress_topic(run, stage) for stage in range(stages))):
             await self.host.subscribe(topic, _pass_on)
         addresses = await self.host.addresses()
-        invite = Invite(run, self._signed.operator, tuple(addresses[:16]))
+        # Half of the room for each, so that a second seed's addresses are never crowded out.
+        named = (*addresses[: MAX_SEEDS // 2], *self._others)[:MAX_SEEDS]
+        invite = Invite(run, self._signed.operator, named)
         log.info("bootstrap peer is up", peer=self.host.peer_id, addresses=addresses)
         return invite
 

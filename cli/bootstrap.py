@@ -9,6 +9,8 @@ import typer
 
 from cli import logs, running
 from cli.options import DEFAULT_HOME, IdentityFile, Listen, Verbose
+from protocol.errors import UserError
+from protocol.invite import Invite
 
 if TYPE_CHECKING:
     from bootstrap.seed import Seed
@@ -20,6 +22,12 @@ def bootstrap(
     ],
     listen: Listen = None,
     identity: IdentityFile = None,
+    other: Annotated[
+        str | None,
+        typer.Option(
+            "--with", help="Invite of another seed of this run; ours will name both.", metavar="INVITE"
+        ),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Be a run's seed: entry point of the DHT, relay, and server of the manifest. Prints one invite on stdout.
@@ -33,15 +41,21 @@ def bootstrap(
         sentinel-node bootstrap --manifest run.toml --identity seed.key \\
             --listen /ip4/0.0.0.0/tcp/31337 \\
             --listen /ip4/0.0.0.0/udp/31337/quic-v1
+
+        sentinel-node bootstrap --manifest run.toml --with sentinel1-...
     """
+    beside = Invite.parse(other) if other is not None else None
     from bootstrap.seed import Seed
     from protocol.host import DEFAULT_LISTEN
     from protocol.manifest import SignedManifest
 
     logs.configure(verbose=verbose)
     signed = SignedManifest.read(manifest)
+    if beside is not None and beside.run != signed.run:
+        raise UserError("The invite given with --with is of another run", "Give one of this manifest's run")
     key = identity or DEFAULT_HOME / f"bootstrap-{signed.run.hex()[:16]}.key"
-    running.run(_serve(Seed(signed, key, tuple(listen or DEFAULT_LISTEN))))
+    seeds = beside.seeds if beside is not None else ()
+    running.run(_serve(Seed(signed, key, tuple(listen or DEFAULT_LISTEN), seeds)))
 
 
 async def _serve(seed: Seed) -> None:

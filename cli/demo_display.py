@@ -78,10 +78,11 @@ class DemoDisplay:
                 peer["state_digest"][:16],
             )
         self._console.print(table)
-        below = result["unigram_entropy"] - result["final_loss"]
+        gap = result["unigram_entropy"] - result["final_loss"]
+        side = "below" if gap > 0 else "above"
         self._console.print(
             f"{result['rounds']} rounds, {result['schedule']}: loss {result['initial_loss']:.3f} → "
-            f"{result['final_loss']:.3f} nats a token, {below:.2f} below the text's unigram entropy "
+            f"{result['final_loss']:.3f} nats a token, {abs(gap):.2f} {side} the text's unigram entropy "
             f"({result['unigram_entropy']:.3f}); {result['tokens_per_second']:,.0f} tokens/s; "
             f"{result['lost_microbatches']} microbatches lost, {result['rerouted_microbatches']} rerouted",
             highlight=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 
 from node.data import Corpus
 from node.flights import Phase
@@ -17,6 +18,8 @@ from protocol.receipts import MAX_ATTEMPT, MicrobatchId
 _LOOK_AGAIN = 1.0
 _START_POLL = 0.25
 _MAX_UNSENT = 2
+_PATIENCE = 3.0
+"""Seconds without anything of its own to do after which a head takes over what others have not begun."""
 _REMEMBERED_ROUNDS = 4
 
 
@@ -27,6 +30,7 @@ class Injector:
         self._replica, self._directory, self._corpus = replica, directory, corpus
         self._attempts: dict[int, int] = {}
         self._has_begun = False
+        self._idle_since = monotonic()
         # Drawing may read from disk or network, so it has a thread of its own; a stream is read by one only.
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
 
@@ -58,8 +62,16 @@ class Injector:
         unsent = sum(flight.phase in (Phase.FORWARD, Phase.UNSENT) for flight in pipeline.flights.values())
         if len(pipeline.flights) >= self._limit() or unsent >= _MAX_UNSENT:
             return None
-        taken = {flight.id.slot for flight in pipeline.flights.values()} | set(rounds.slots())
-        return next_slot(replica.heads, replica.peer_id, rounds.version, taken | rounds.settled)
+        taken = (
+            {flight.id.slot for flight in pipeline.flights.values()} | set(rounds.slots()) | rounds.settled
+        )
+        slot = next_slot(replica.heads, replica.peer_id, rounds.version, taken)
+        if slot is not None or pipeline.flights:
+            self._idle_since = monotonic()
+        elif monotonic() - self._idle_since > _PATIENCE:
+            # Another head is slow or stuck with its share: nobody should wait for it.
+            slot = next_slot(replica.heads, replica.peer_id, rounds.version, taken, any_owner=True)
+        return slot
 
     def _limit(self) -> int:
         """Microbatches in flight from this head: all heads together one round's, so that gradients stay fresh."""

@@ -5,7 +5,7 @@ Everything here runs on the compute thread, so the slots counted and the gradien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,12 +90,18 @@ class StagePasses:
             self.slots.append(slot)
         return Returned(None if result is None else self._outgoing(result), graph.version)
 
-    def take_gradient(self) -> tuple[Tensor, list[int]]:
-        """The flat gradient sum and the slots in it; the accumulator starts anew."""
+    def take_gradient(
+        self, keep: Callable[[Tensor, tuple[int, ...]], None] = lambda gradient, slots: None
+    ) -> None:
+        """Hand the flat gradient sum and its slots to `keep`; the accumulator starts anew.
+
+        The slots are forgotten here only after `keep` has them: whoever looks meanwhile must find them somewhere, or
+        a head would think them lost and inject them again.
+        """
         gradient, count = self.trainer.take_gradient()
-        slots, self.slots = self.slots, []
-        assert count == len(slots)
-        return gradient, slots
+        assert count == len(self.slots)
+        keep(gradient, tuple(self.slots))
+        self.slots = []
 
     def load_state(self, version: int, chunks: Sequence[memoryview]) -> None:
         """Take over a state; gradients accumulated for other weights are dropped. Raises `ValueError`."""

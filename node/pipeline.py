@@ -85,6 +85,8 @@ class Pipeline:
         self.counts: Counter[str] = Counter()
         self.losses: dict[int, float] = {}
         self.is_accepting = True
+        self._failed = asyncio.Event()
+        self._error: BaseException | None = None
 
     # --- links ---
 
@@ -395,7 +397,7 @@ class Pipeline:
         """The stage's work on this microbatch is done: answer, keep the evidence, free the rest."""
         self.counts["microbatches"] += 1
         if result.loss is not None:
-            self.losses[flight.id.slot] = result.loss
+            self.losses.setdefault(flight.id.slot, result.loss)  # Of a later attempt: later weights.
         flight.answer, flight.answer_version = result.answer, result.version
         self._end(flight)
         self._answer(flight)
@@ -490,6 +492,12 @@ class Pipeline:
         for flight in tuple(self.flights.values()):
             self._lose(flight, Reason.LEAVING)
 
+    async def watch(self) -> None:
+        """Until cancelled. Raises what went wrong in computing: bad input is refused before, so the fault is here."""
+        await self._failed.wait()
+        assert self._error is not None
+        raise self._error
+
     async def stop(self) -> None:
         for task in tuple(self._tasks):
             task.cancel()
@@ -510,5 +518,6 @@ class Pipeline:
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            log.error("a microbatch failed", exc_info=error)
             self._switchboard.refusals.counts[Reason.INTERNAL] += 1
+            self._error = self._error or error
+            self._failed.set()

@@ -7,7 +7,7 @@ the stage has had (r + 1) * M gradients, of whatever slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -119,19 +119,22 @@ def open_slots(manifest: Manifest, version: int) -> range:
     return range(max(0, version - late) * size, (min(version + ahead, last) + 1) * size)
 
 
-def next_slot(heads: StageProgress, own: PeerId, version: int, taken: set[int]) -> int | None:
+def next_slot(
+    heads: StageProgress, own: PeerId, version: int, taken: Collection[int], *, any_owner: bool = False
+) -> int | None:
     """The slot that head `own` should inject next, or None if there is none for it now.
 
     Live heads share the uncovered slots of the open rounds by rank, so a dead head's slots pass to the others.
-    `taken`: slots that `own` itself has in flight or done.
+    `taken`: slots that `own` itself has in flight or done. `any_owner`: take others' shares too, for a head that
+    has waited long enough for a slower one; a slot that two inject is still averaged once.
     """
     replicas = heads.replicas()
     ranks = sorted({*(peer for peer, progress in replicas.items() if is_injecting(progress)), own})
     others = {slot for peer, progress in replicas.items() if peer != own for slot in progress.in_flight}
-    busy = heads.covered() | others | taken
+    busy = heads.covered() | others | set(taken)
     rank, count = ranks.index(own), len(ranks)
     for slot in open_slots(heads.manifest, version):
-        if slot % count == rank and slot not in busy:
+        if (any_owner or slot % count == rank) and slot not in busy:
             return slot
     return None
 

@@ -21,7 +21,7 @@ from node.trainer import StageTrainer
 from node.transfer import CHUNK_BYTES, StateServer
 from protocol import wire
 from protocol.directory import PeerState
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
 from protocol.identity import Identity, PeerId
 from protocol.links import Link, Switchboard
@@ -147,19 +147,20 @@ class Replica:
         self.pipeline.on_message(link, message, payload)
 
     def _hearer(self, table: StageProgress, stage: int) -> Callable[[PeerId, bytes], None]:
-        """Takes gossiped progress of `stage` into `table`. The checks, in order, each IGNORE: own, form, stage."""
+        """Takes gossiped progress of `stage` into `table`. The checks, in order, each IGNORE: own, form, stage,
+        version."""
 
         def hear(author: PeerId, data: bytes) -> None:
             if author == self.peer_id:
                 return
             try:
                 progress = wire.decode(Progress, data)
+                if progress.stage != stage:
+                    raise ProtocolError(Reason.WRONG_STAGE, f"progress of stage {progress.stage}")
+                table.hear(author, progress, monotonic())
             except ProtocolError as error:
                 self.switchboard.refusals.count(author, error)
                 return
-            if progress.stage != stage:
-                return
-            table.hear(author, progress, monotonic())
             self.rounds.news.set()
             if stage == self.stage == 0:
                 self.room.set()

@@ -123,8 +123,10 @@ class StageRounds:
 
     def slots(self) -> tuple[int, ...]:
         """Slots whose gradients we hold, for this round or already for the next."""
+        # In the order in which they move, on the compute thread: what moves now is seen twice, not missed.
+        accumulated = tuple(self._passes.slots)
         frozen = self._frozen.slots if self._frozen else ()
-        return (*frozen, *self._passes.slots)
+        return tuple(dict.fromkeys((*frozen, *accumulated)))
 
     def progress(self, state: PeerState, in_flight: tuple[int, ...]) -> Progress:
         now = self.standing
@@ -236,14 +238,18 @@ class StageRounds:
     async def _freeze(self, version: int) -> RoundHolding:
         """What we bring to this round. At a later attempt, what came in the meantime is brought too."""
         async with self._freezing:
-            gradient, slots = await self._compute.run(Urgency.ROUND, self._passes.take_gradient)
+            await self._compute.run(Urgency.ROUND, self._passes.take_gradient, self._keep)
             if self.version != version:
                 raise ProtocolError(Reason.STALE, f"round {version} at {self.version}")
-            if self._frozen is not None:
-                gradient += self._frozen.gradient
-                slots = [*self._frozen.slots, *slots]
-            self._frozen = _Frozen(gradient, tuple(slots))
-            return RoundHolding(len(slots), tuple(slots))
+            assert self._frozen is not None
+            return RoundHolding(len(self._frozen.slots), self._frozen.slots)
+
+    def _keep(self, gradient: Tensor, slots: tuple[int, ...]) -> None:
+        """On the compute thread."""
+        if self._frozen is not None:
+            gradient += self._frozen.gradient
+            slots = (*self._frozen.slots, *slots)
+        self._frozen = _Frozen(gradient, slots)
 
     # --- following ---
 

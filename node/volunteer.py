@@ -92,6 +92,7 @@ class Volunteer:
         log.debug("starting", peer=self.peer_id)
         self._tasks = tasks = TaskSet()
         self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
+        tasks.spawn(host.watch())
         signed = await fetch_manifest(host, config.invite)
         stages = signed.manifest.stages.count
         self._directory = await Directory.join(host, signed.run, stages)
@@ -114,6 +115,7 @@ class Volunteer:
         await self._acquire_state()
         replica.serve()
         tasks.spawn(replica.rounds.run())
+        tasks.spawn(replica.pipeline.watch())
         tasks.every(_CHECKPOINT_EVERY, self._save_checkpoint)
         if corpus is not None:
             tasks.spawn(Injector(replica, self._directory, corpus).run())

@@ -93,7 +93,7 @@ class Host:
         """Raises `UserError` if an address cannot be listened on or no seed can be reached."""
         daemon = _RelayDaemon if relay else _ClientDaemon
         is_local = _is_loopback(listen)
-        behind_nat = bool(seeds) and not is_local
+        behind_nat = bool(seeds) and not is_local and not relay
         _check_ports_free(listen)
         born: list[P2P] = []
         _starting.set(born)

@@ -16,6 +16,7 @@ from protocol.wire import Digest, PeerName
 _PREFIX = "sentinel1-"
 _OTHER_VERSION = re.compile(r"sentinel\d+-")
 _CHECKSUM = 4
+MAX_SEEDS = 16
 Address = Annotated[str, msgspec.Meta(min_length=1, max_length=300, pattern="^/")]
 
 
@@ -24,7 +25,7 @@ class Invite(wire.Message, frozen=True):
 
     run: Digest
     operator: PeerName
-    seeds: Annotated[tuple[Address, ...], msgspec.Meta(min_length=1, max_length=16)]
+    seeds: Annotated[tuple[Address, ...], msgspec.Meta(min_length=1, max_length=MAX_SEEDS)]
 
     def __str__(self) -> str:
         body = wire.encode(self)

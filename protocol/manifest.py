@@ -169,10 +169,12 @@ class SignedManifest(_Section):
         """Raises `UserError` if the file is missing, is no manifest, or was altered after it was signed."""
         try:
             text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError(
-                f"Cannot read the manifest {path}: {error}", "Make one: sentinel-node init"
+                f"Cannot read the manifest {path}: {error.strerror}", "Make one: sentinel-node init"
             ) from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is no text, so no manifest", "Make one: sentinel-node init") from None
         return cls.parse(text, str(path))
 
     @classmethod

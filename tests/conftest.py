@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -26,9 +27,10 @@ async def start_host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
     """Starts a p2pd on loopback with a new identity; all of them are stopped at the module's end."""
     folder = tmp_path_factory.mktemp("keys")
     hosts: list[Host] = []
+    numbers = itertools.count()
 
     async def start(seeds: tuple[str, ...] = ()) -> tuple[Host, Identity]:
-        path = folder / f"{len(hosts)}.key"
+        path = folder / f"{next(numbers)}.key"
         identity = Identity.load_or_create(path)
         hosts.append(await Host.start(path, listen=LOOPBACK, seeds=seeds))
         return hosts[-1], identity

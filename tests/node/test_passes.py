@@ -1,0 +1,66 @@
+"""What the compute thread promises to the event loop that watches it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from node.data import open_corpus
+from node.flights import Held
+from node.passes import Forwarded, Returned, StagePasses
+from node.trainer import StageTrainer
+from protocol.codec import digest
+from protocol.errors import ProtocolError, Reason
+from tests.swarms import small_manifest
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def chain() -> list[StagePasses]:
+    manifest = small_manifest(stages=2)
+    return [StagePasses(manifest, StageTrainer(manifest, stage, CPU), CPU) for stage in range(2)]
+
+
+def received(forwarded: Forwarded) -> Held:
+    payload = memoryview(bytearray(b"".join(forwarded.output.parts)))
+    return Held(payload, None, digest(payload))
+
+
+def inject(chain: list[StagePasses], slot: int) -> Forwarded:
+    tokens = open_corpus(small_manifest(stages=2)).draw(slot)
+    forwarded = chain[0].inject(tokens, slot)
+    assert isinstance(forwarded, Forwarded)
+    return forwarded
+
+
+def test_slots_are_never_missing_while_they_are_taken(chain: list[StagePasses]) -> None:
+    chain[1].tail(received(inject(chain, 0)), 0, covered=False)
+    seen: list[tuple[tuple[int, ...], list[int]]] = []
+    chain[1].take_gradient(lambda gradient, slots: seen.append((slots, list(chain[1].slots))))
+    assert seen == [((0,), [0])], "a head that looks now would inject slot 0 again"
+    assert chain[1].slots == []
+
+
+def test_a_covered_slot_is_computed_but_not_accumulated(chain: list[StagePasses]) -> None:
+    forwarded = inject(chain, 0)
+    returned = chain[1].tail(received(forwarded), 0, covered=True)
+    assert returned.answer is not None
+    payload = memoryview(bytearray(returned.answer.parts[0]))
+    back = chain[0].backward(forwarded.graph, Held(payload, None, digest(payload)), 0, covered=True)
+    assert isinstance(back, Returned)
+    assert chain[0].slots == chain[1].slots == []
+
+
+@pytest.mark.parametrize("reason", [Reason.WRONG_DIGEST, Reason.NOT_FINITE, Reason.MALFORMED])
+def test_bad_payloads_are_refused(chain: list[StagePasses], reason: Reason) -> None:
+    held = received(inject(chain, 0))
+    if reason is Reason.NOT_FINITE:
+        held.payload[:4] = b"\x00\x00\xc0\x7f"  # NaN, little-endian
+    if reason is Reason.MALFORMED:
+        held.payload[-4:] = b"\xff\xff\xff\x7f"  # a label outside the vocabulary
+    sworn = b"\0" * 32 if reason is Reason.WRONG_DIGEST else digest(held.payload)
+    with pytest.raises(ProtocolError) as caught:
+        chain[1].tail(Held(held.payload, None, sworn), 0, covered=False)
+    assert caught.value.reason is reason
+    assert chain[1].slots == []

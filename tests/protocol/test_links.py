@@ -1,0 +1,209 @@
+"""Links of two switchboards over real p2pd daemons: questions, answers, and what bounds them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from structlog.testing import capture_logs
+
+from protocol import links, streams, wire
+from protocol.errors import ProtocolError, Reason
+from protocol.host import Host
+from protocol.links import Answer, Link, Switchboard
+from protocol.messages import MAX_CHUNK, Reply
+from protocol.requests import Nothing
+from tests.conftest import StartHost
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(60)]
+
+EMPTY = memoryview(b"")
+
+
+class Listener:
+    """An owner that remembers."""
+
+    def __init__(self) -> None:
+        self.heard: list[wire.Message] = []
+        self.down = asyncio.Event()
+
+    def on_link_up(self, link: Link) -> None: ...
+
+    def on_link_down(self, link: Link) -> None:
+        self.down.set()
+
+    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+        self.heard.append(message)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def hosts(start_host: StartHost) -> list[Host]:
+    return [host for host, _ in await asyncio.gather(start_host(), start_host())]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def pair(hosts: list[Host]) -> AsyncIterator[tuple[Switchboard, Switchboard, Link]]:
+    """One who answers, one who asks, and the latter's link."""
+    run = secrets.token_bytes(32)
+    answering, asking = (
+        Switchboard(host, run, stage=stage, max_tensor=1024, owner=Listener())
+        for stage, host in enumerate(hosts)
+    )
+    try:
+        await answering.start()
+        await asking.start(accept=False)
+        yield answering, asking, await asking.connect(hosts[0].peer_id, await hosts[0].addresses())
+    finally:
+        await asking.stop()
+        await answering.stop()
+
+
+Pair = tuple[Switchboard, Switchboard, Link]
+
+
+async def refused(link: Link, method: str, timeout: float = 10.0) -> Reason:
+    with pytest.raises(ProtocolError) as caught:
+        await link.request(method, Nothing(), timeout=timeout)
+    return caught.value.reason
+
+
+async def test_a_question_is_answered_with_its_payload(pair: Pair) -> None:
+    answering, _, link = pair
+
+    async def echo(link: Link, body: bytes, payload: memoryview) -> Answer:
+        return body, payload
+
+    answering.methods["echo"] = echo
+    payload = memoryview(secrets.token_bytes(MAX_CHUNK))
+    body, answer = await link.request("echo", Nothing(), payload, timeout=20.0)
+    assert (body, answer) == (wire.encode(Nothing()), payload)
+
+
+async def test_refusals_are_codes_and_failures_tell_nothing(pair: Pair) -> None:
+    answering, _, link = pair
+
+    async def broken(link: Link, body: bytes, payload: memoryview) -> Answer:
+        raise RuntimeError("a secret")
+
+    async def too_much(link: Link, body: bytes, payload: memoryview) -> Answer:
+        return b"", memoryview(bytes(MAX_CHUNK + 1))
+
+    async def stale(link: Link, body: bytes, payload: memoryview) -> Answer:
+        raise ProtocolError(Reason.STALE, "a detail")
+
+    answering.methods |= {"broken": broken, "too much": too_much, "stale": stale}
+    with capture_logs():
+        assert await refused(link, "broken") is Reason.INTERNAL
+        assert await refused(link, "too much") is Reason.OVERSIZED
+        assert await refused(link, "stale") is Reason.STALE
+        assert await refused(link, "nothing such") is Reason.UNKNOWN_METHOD
+    assert set(answering.refusals.counts) == {
+        Reason.INTERNAL, Reason.OVERSIZED, Reason.STALE, Reason.UNKNOWN_METHOD,
+    }  # fmt: skip
+    assert link.is_up
+
+
+async def test_questions_answered_at_a_time_are_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering, asking, link = pair
+    release = asyncio.Event()
+
+    async def wait(link: Link, body: bytes, payload: memoryview) -> Answer:
+        await release.wait()
+        return b"", EMPTY
+
+    answering.methods["wait"] = wait
+    asked = [asyncio.create_task(link.request("wait", Nothing(), timeout=20.0)) for _ in range(40)]
+    done: set[asyncio.Task[Answer]] = set()
+    async with asyncio.timeout(20.0):
+        while len(done) < 40 - links.MAX_REQUESTS:
+            done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION, timeout=0.01)
+    assert answering.links[asking.host.peer_id].answering == links.MAX_REQUESTS
+    release.set()
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    reasons = [one.reason for one in results if isinstance(one, ProtocolError)]
+    assert reasons == [Reason.BUSY] * (40 - links.MAX_REQUESTS)
+    assert answering.refusals.counts[Reason.BUSY] == len(reasons)
+
+
+async def test_payloads_of_questions_are_bounded_over_all_peers(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering, _, link = pair
+    monkeypatch.setattr(links, "MAX_ANSWERING", 1000)
+    release = asyncio.Event()
+
+    async def wait(link: Link, body: bytes, payload: memoryview) -> Answer:
+        await release.wait()
+        return b"", EMPTY
+
+    answering.methods["wait"] = wait
+    first = asyncio.create_task(link.request("wait", Nothing(), memoryview(bytes(900)), timeout=20.0))
+    await asyncio.sleep(0)  # It is sent first.
+    with pytest.raises(ProtocolError) as caught:
+        await link.request("wait", Nothing(), memoryview(bytes(200)), timeout=20.0)
+    assert caught.value.reason is Reason.BUSY
+    release.set()
+    await first
+    assert answering._answering == 0
+    await link.request("wait", Nothing(), memoryview(bytes(200)), timeout=20.0)
+
+
+async def test_an_answer_that_does_not_come_is_a_time_out_and_a_late_one_is_counted(pair: Pair) -> None:
+    answering, asking, link = pair
+    release = asyncio.Event()
+
+    async def wait(link: Link, body: bytes, payload: memoryview) -> Answer:
+        await release.wait()
+        return b"", EMPTY
+
+    async def now(link: Link, body: bytes, payload: memoryview) -> Answer:
+        return b"", EMPTY
+
+    answering.methods |= {"wait": wait, "now": now}
+    assert await refused(link, "wait", timeout=0.1) is Reason.TIMED_OUT
+    assert not link._questions
+    release.set()
+    await link.request("now", Nothing(), timeout=10.0)
+    assert asking.refusals.counts == {Reason.UNSOLICITED: 1}
+
+
+async def test_who_waits_for_an_answer_learns_that_the_peer_is_gone(pair: Pair) -> None:
+    answering, _, link = pair
+
+    async def leave(link: Link, body: bytes, payload: memoryview) -> Answer:
+        link.close(abort=True)
+        await asyncio.Event().wait()
+        return b"", EMPTY
+
+    answering.methods["leave"] = leave
+    assert await refused(link, "leave") is Reason.UNREACHABLE
+    assert not link.is_up
+    with pytest.raises(ProtocolError):
+        link.send(Reply(1, None, b""))
+
+
+async def test_no_more_links_than_there_is_room_for(
+    pair: Pair, hosts: list[Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering, asking, link = pair
+    monkeypatch.setattr(links, "MAX_LINKS", 0)
+    with pytest.raises(ProtocolError) as caught:
+        await answering.connect(hosts[0].peer_id, ["/ip4/127.0.0.1/tcp/1"])
+    assert caught.value.reason is Reason.BUSY
+    assert await asking.connect(hosts[0].peer_id) is link  # Those that are there stay.
+
+
+async def test_a_silent_stream_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, asking, _ = pair
+    owner = asking._owner
+    assert isinstance(owner, Listener)
+    monkeypatch.setattr(links, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(links, "DEAD_AFTER", 0.5)
+    monkeypatch.setattr(streams.Stream, "buffer_updated", lambda self, size: None)
+    asking._spawn(asking._watch())
+    with capture_logs():
+        await asyncio.wait_for(owner.down.wait(), 20.0)
+    assert asking.refusals.counts[Reason.TIMED_OUT] >= 1
