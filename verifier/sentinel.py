@@ -27,9 +27,10 @@ from verifier.violations import ViolationCounter
 
 # With fewer scores in the reference, being the highest of them means little.
 _RANKABLE = 100
-# Until the reference is this long, only scores up to the cut are believed, lest attackers who were there from the first
-# round be what all others are compared with. Fewer than one honest score in a hundred is beyond it.
-_YOUNG, _YOUNG_CUT = 256, 4.0
+# Until the reference is this long, nothing is bet on it, and only scores up to the cut are believed, lest attackers who
+# were there from the first round be what all others are compared with. Fewer than one honest score in a hundred is
+# beyond it.
+_YOUNG, _YOUNG_CUT = 200, 4.0
 # Hops outside a group by which it is seen that a stream has changed as a whole.
 _LATEST = 12
 _GAMES = {Direction.ACTIVATION: 0, Direction.GRADIENT: 1}
@@ -283,7 +284,7 @@ class Sentinel(Detector):
         refused = (screening.odd & ~innocent) | convicted
         bans = self._ban(screening, convicted, guilty, evidence)
         self._flags[rows[screening.odd & ~innocent]] += 1
-        self._refusals.note(hops, rows, self._bettable(screening.p), refused)
+        self._refusals.note(hops, rows, self._bettable(screening), refused)
         self._cascade.note(hops, screening.raw, ~refused & screening.valid, innocent)
         if not screening.in_group:
             self._notice_change(screening, innocent)
@@ -293,15 +294,18 @@ class Sentinel(Detector):
     def _weigh(self, screening: Screening, innocent: Mask) -> None:
         """Bet on each hop's p-values; a hop found innocent counts as the most ordinary one."""
         game = _GAMES[screening.hops.direction]
-        p = np.where(innocent[:, None], 1.0, self._bettable(screening.p))
+        p = np.where(innocent[:, None], 1.0, self._bettable(screening))
         for places in in_turns(screening.rows):
             rows = screening.rows[places]
             self._samples[rows] += 1
             self._capital.bet(rows, game, p[places])
             self._violations.count(rows, screening.odd[places] & ~innocent[places])
 
-    def _bettable(self, p: Floats) -> Floats:
-        wary: Floats = np.minimum(1.0, self.settings.margin * p)
+    def _bettable(self, screening: Screening) -> Floats:
+        """(N, K) the p-values to bet on: 1, which wins nothing, while they do not mean much."""
+        if len(self._state(screening.hops).reference) < _YOUNG:
+            return np.where(screening.valid[:, None], 1.0, screening.p)
+        wary: Floats = np.minimum(1.0, self.settings.margin * screening.p)
         return wary
 
     def _ban(self, screening: Screening, convicted: Mask, guilty: Mask, evidence: Floats) -> tuple[Ban, ...]:

@@ -64,7 +64,7 @@ def test_nobody_is_banned_without_an_attack() -> None:
 
 
 def test_an_attack_from_the_first_round_on_is_found_too() -> None:
-    bans = play(Sentinel(Settings(recompute=0)), "flip", rounds=60, start=0)
+    bans = play(Sentinel(Settings(recompute=0)), "flip", rounds=90, start=0)
     assert sorted(peer for peer, _ in bans) == PEERS[:3]
 
 
