@@ -171,8 +171,8 @@ def _ablation() -> Iterator[Case]:
 
 
 def _scale() -> Iterator[Case]:
-    for stages in (4, 8, 16, 22):
-        wide = replace(BASE, stages=stages, width=256, context=64, rounds=16, warmup=16)
+    for replicas in (2, 4, 8, 11):
+        wide = replace(BASE, replicas=replicas, width=256, context=64, rounds=16, warmup=16)
         yield Case(f"{wide.workers} workers", wide)
 
 

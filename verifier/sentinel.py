@@ -105,6 +105,7 @@ class Screening:
     odd: Mask
     wanted: Mask
     in_group: bool
+    quorum: int
 
 
 class Sentinel(Detector):
@@ -192,6 +193,7 @@ class Sentinel(Detector):
             odd,
             wanted,
             group is not None,
+            quorum,
         )
 
     def _group(self, hops: Hops, rows: npt.NDArray[np.intp], valid: Mask, quorum: int) -> Mask | None:
@@ -279,6 +281,7 @@ class Sentinel(Detector):
             for refusal in refusals:
                 self._capital.refund(refusal.row, _GAMES[hops.direction], refusal.p)
         self._weigh(screening, innocent)
+        self._forgive_a_majority(screening)
         evidence = self._evidence(rows)
         convicted = guilty | (evidence >= self._ladder.top)
         refused = (screening.odd & ~innocent) | convicted
@@ -300,6 +303,15 @@ class Sentinel(Detector):
             self._samples[rows] += 1
             self._capital.bet(rows, game, p[places])
             self._violations.count(rows, screening.odd[places] & ~innocent[places])
+
+    def _forgive_a_majority(self, screening: Screening) -> None:
+        """If more of a stage's peers are all but banned than attackers can be, it is the stream that has changed."""
+        rows = np.unique(screening.rows)
+        accused = rows[(self._evidence(rows) >= self._ladder.top * 2 / 3) & ~self._banned[rows]]
+        if screening.in_group and len(accused) >= screening.quorum:
+            for row in accused:
+                self._capital.forget(int(row))
+                self._violations.forget(int(row))
 
     def _bettable(self, screening: Screening) -> Floats:
         """(N, K) the p-values to bet on: 1, which wins nothing, while they do not mean much."""
