@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from protocol.directory import StageRecord
 
 _LISTEN_FOR = 2.5
+_WIDTH = 120
+"""Columns where there is no terminal: room for whole PeerIDs."""
 
 
 def peers(
@@ -87,7 +89,9 @@ def _row(observer: Observer, record: StageRecord) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table("stage", "peer", "state", "weights version", "tokens/s", "load", "last seen")
+    table = Table(box=None)
+    for heading in ("stage", "peer", "state", "version", "tokens/s", "load", "last seen"):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "peer")
     for row in sorted(rows, key=lambda row: (row["stage"], row["peer"])):
         table.add_row(
             str(row["stage"]),
@@ -98,4 +102,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['load']:.0%}",
             f"{row['last_seen']:.0f} s ago",
         )
-    Console().print(table if rows else "Nobody serves this run yet.")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    console.print(table if rows else "Nobody serves this run yet.")

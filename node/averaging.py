@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -87,6 +88,7 @@ class Averaging:
         self._peers = [PeerId(member.peer) for member in roster]
         self._shares = dict(zip(self._peers, shares(gradient.numel(), len(roster)), strict=True))
         self._parts = {part.start: _Part() for part in parts_of(self._shares[self._own])}
+        self._awaited = Counter(peer for peer in self._peers for _ in parts_of(self._shares[peer]))
 
     async def run(self) -> Tensor:
         """The mean gradient, the same bytes at every member. Raises `ProtocolError` if any part is missing."""
@@ -131,6 +133,14 @@ class Averaging:
         if not bool(torch.isfinite(mean.sum())):
             raise ProtocolError(Reason.NOT_FINITE, f"mean from {peer}")
         target.copy_(mean)
+        self._awaited[peer] -= 1
+
+    def missing(self) -> set[PeerId]:
+        """The members who have not given us their mean, or not their part of our share."""
+        silent = {peer for peer in self._peers if self._awaited[peer]}
+        for part in self._parts.values():
+            silent |= set(self._peers) - part.received.keys()
+        return silent - {self._own}
 
     async def take_part(self, link: Link, question: RoundPart, payload: memoryview) -> Answer:
         """A member's part of our share. Raises `ProtocolError`: wrong_peer, wrong_shape, replayed."""

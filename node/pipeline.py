@@ -390,6 +390,10 @@ class Pipeline:
         except ProtocolError as error:
             self._fail(flight, error, culprit=flight.next)
             return
+        except ValueError:
+            if flight.phase is Phase.DONE:  # Given up while it waited for its turn, and its graph with it.
+                return
+            raise
         if flight.phase is not Phase.DONE:
             self._finish(flight, result)
 

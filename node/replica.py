@@ -191,17 +191,23 @@ class Replica:
         return own
 
     def check_waiting(self) -> None:
-        """Say, once, when we begin or cease to wait for a replica of the next stage."""
-        stuck = any(flight.phase is Phase.UNSENT for flight in self.pipeline.flights.values())
-        waiting_for = self.stage + 1 if not self.is_last and stuck and not self.pipeline.next_hops() else -1
+        """Say, once, when we begin or cease to wait for a stage that nobody serves: the next one, or the heads."""
+        waiting_for = self._unserved_stage()
         if waiting_for != self.waiting_for:
             self.waiting_for = waiting_for
             if waiting_for >= 0:
-                log.warning("waiting for a replica of the next stage", stage=waiting_for)
+                log.warning("waiting for a replica of a stage that nobody serves", stage=waiting_for)
             else:
                 log.info("no longer waiting")
         if self.state in (PeerState.SERVING, PeerState.WAITING):
             self.state = PeerState.WAITING if waiting_for >= 0 else PeerState.SERVING
+
+    def _unserved_stage(self) -> int:
+        """The stage for lack of whose replicas we have nothing to do; -1 if there is none."""
+        stuck = any(flight.phase is Phase.UNSENT for flight in self.pipeline.flights.values())
+        if stuck and not self.is_last and not self.pipeline.next_hops():
+            return self.stage + 1
+        return 0 if self.stage and not self.rounds.is_over and not self.heads.replicas() else -1
 
     # --- ending ---
 

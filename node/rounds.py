@@ -42,6 +42,8 @@ log = structlog.get_logger("rounds")
 _OPEN_TIMEOUT = 5.0
 _COMMIT_WAIT = 5.0
 _RETRY_AFTER = 0.5
+_LEAD_WITHIN = AVERAGING_TIMEOUT + 10.0
+"""Seconds that a leader has to close a full round; then it is the next member's turn."""
 _PATIENCE = 2.0
 """Seconds for which a stage that lags behind the heads still waits for gradients under way to it."""
 _TICK = 0.25
@@ -69,6 +71,15 @@ class Standing:
     settled: frozenset[int]
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """Whose roster we wait for, in which attempt, since when (monotonic seconds)."""
+
+    leader: PeerId
+    attempt: int
+    at: float
+
+
 class StageRounds:
     """The rounds of one stage at one replica. `on_version` is called after every change of weights."""
 
@@ -89,7 +100,9 @@ class StageRounds:
         self._own = switchboard.host.peer_id
         self._frozen: _Frozen | None = None
         self._freezing = asyncio.Lock()
-        self._opened: tuple[PeerId, int] | None = None
+        self._opened: _Opened | None = None
+        self._closing_since: float | None = None
+        self._left_out: set[PeerId] = set()
         self._attempt = 0
         self._committed = asyncio.Event()
         self._averagings: dict[tuple[int, int], Averaging] = {}
@@ -179,8 +192,11 @@ class StageRounds:
         return settled_down and agreed is not None and agreed != self.standing.digest
 
     def _leads(self, version: int) -> bool:
+        """Whether it is ours to lead: the first member's, and if the round does not close, the next one's in turn."""
+        self._closing_since = self._closing_since or monotonic()
+        turn = int((monotonic() - self._closing_since) / _LEAD_WITHIN)
         members = self._replicas.members(version)
-        return bool(members) and members[0] == self._own
+        return bool(members) and members[turn % len(members)] == self._own
 
     def _should_close(self, version: int) -> bool:
         """The round is full; or the heads are past it, and what was under way to us has had time to arrive."""
@@ -203,7 +219,8 @@ class StageRounds:
         self._attempt += 1
         attempt = self._attempt
         holdings = {self._own: await self._freeze(version)}
-        others = [peer for peer in self._replicas.members(version) if peer != self._own]
+        apart = {self._own, *self._left_out}
+        others = [peer for peer in self._replicas.members(version) if peer not in apart]
         answers = await asyncio.gather(
             *(self._ask_to_open(peer, version, attempt) for peer in others), return_exceptions=True
         )
@@ -211,8 +228,8 @@ class StageRounds:
             if isinstance(answer, RoundHolding):
                 holdings[peer] = answer
             elif isinstance(answer, ProtocolError):
-                if answer.reason is Reason.STALE:
-                    return  # Someone is past this round: catch up instead.
+                if answer.reason is Reason.STALE and await self._is_past(version):
+                    return
                 log.warning("round goes on without a replica", version=version, peer=peer, reason=str(answer))
             elif isinstance(answer, BaseException):
                 raise answer
@@ -222,6 +239,14 @@ class StageRounds:
         self._begin(commit)
         invited = (peer for peer in holdings if peer != self._own)
         await asyncio.gather(*(self._send_commit(peer, commit) for peer in invited), return_exceptions=True)
+
+    async def _is_past(self, version: int) -> bool:
+        """Whether the stage has closed this round without us, so that we should catch up.
+
+        One member's word is not enough: who did close it announces that to all.
+        """
+        await asyncio.sleep(2 * _RETRY_AFTER)
+        return self._replicas.newest() > version
 
     async def _ask_to_open(self, peer: PeerId, version: int, attempt: int) -> RoundHolding:
         link = await self._switchboard.connect(peer)
@@ -266,25 +291,27 @@ class StageRounds:
         self._check_member(link, question.version)
         if self._running is not None:
             raise ProtocolError(Reason.BUSY, "averaging already")
-        members = self._replicas.members(self.version)
-        rank = {peer: index for index, peer in enumerate(members)}
-        if self._opened is not None and self._opened[0] != link.peer:
+        opened = self._opened
+        if opened is not None and opened.leader != link.peer and monotonic() - opened.at < _LEAD_WITHIN:
             # Two leaders, of two views of who lives: the better rank wins, and the other one's round fails.
-            if rank.get(self._opened[0], len(rank)) < rank.get(link.peer, len(rank)):
+            members = self._replicas.members(self.version)
+            rank = {peer: index for index, peer in enumerate(members)}
+            if rank.get(opened.leader, len(rank)) < rank.get(link.peer, len(rank)):
                 raise ProtocolError(Reason.BUSY, "another leads")
-        elif self._opened is not None and question.attempt <= self._opened[1]:
+        elif opened is not None and opened.leader == link.peer and question.attempt <= opened.attempt:
             raise ProtocolError(Reason.REPLAYED, f"attempt {question.attempt}")
         if question.attempt > self._attempt + _MAX_ATTEMPTS_AHEAD:
             # Attempts are counted on from here, and must not run out.
             raise ProtocolError(Reason.TOO_EARLY, f"attempt {question.attempt} after {self._attempt}")
-        self._opened = (link.peer, question.attempt)
+        self._opened = _Opened(link.peer, question.attempt, monotonic())
         self._attempt = max(self._attempt, question.attempt)
         return wire.encode(await self._freeze(question.version)), memoryview(b"")
 
     async def _on_commit(self, link: Link, body: bytes, payload: memoryview) -> Answer:
         commit = wire.decode(RoundCommit, body)
         self._check_member(link, commit.version)
-        if self._opened != (link.peer, commit.attempt) or self._running is not None:
+        opened = self._opened
+        if opened is None or (opened.leader, opened.attempt) != (link.peer, commit.attempt) or self._running:
             raise ProtocolError(Reason.UNSOLICITED, "commit")
         own = [member for member in commit.roster if member.peer == self._own]
         if self._frozen is None or own != [Member(self._own, len(self._frozen.slots))]:
@@ -332,6 +359,8 @@ class StageRounds:
         except (ProtocolError, TimeoutError, ValueError) as error:
             # Those who completed it announce the new version at once; then we take their state. Else we try again.
             averaging.abandon()
+            # Were we to lead the next attempt, then without those who failed us in this one.
+            self._left_out |= averaging.missing()
             log.warning("averaging failed", version=commit.version, attempt=commit.attempt, reason=str(error))
             await asyncio.sleep(_RETRY_AFTER)
         else:
@@ -361,7 +390,8 @@ class StageRounds:
     def _turn(self, standing: Standing) -> None:
         """A new version began."""
         self.standing = standing
-        self._frozen, self._opened, self._attempt, self._lagging_since = None, None, 0, None
+        self._frozen, self._opened, self._attempt = None, None, 0
+        self._lagging_since, self._closing_since, self._left_out = None, None, set()
         self._stepped_at = monotonic()
         self._on_version()
 

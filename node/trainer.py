@@ -19,6 +19,7 @@ from protocol.manifest import Manifest, OptimizerSection
 
 _HEADER_BYTES = 16
 _NORM_BLOCK = 4096
+_NORM_BLOCKS_AT_ONCE = 64
 _PARALLEL_HASH_BYTES = 1 << 20
 
 
@@ -192,7 +193,7 @@ class StageTrainer:
             }
         rate = learning_rate(section, self._rounds, self.version)
         optimizer = torch.optim.AdamW(
-            groups, lr=rate, betas=(section.beta1, section.beta2), eps=section.epsilon, foreach=False
+            groups, lr=rate, betas=(section.beta1, section.beta2), eps=section.epsilon, fused=True
         )
         optimizer.state.update(state)
         optimizer.step()
@@ -287,7 +288,11 @@ def learning_rate(section: OptimizerSection, rounds: int, version: int) -> float
 def flat_norm(flat: Tensor) -> float:
     """L2 norm of a flat vector, the same bits whatever the number of threads: blocks of fixed size, summed exactly."""
     whole = flat.numel() - flat.numel() % _NORM_BLOCK
-    squares = flat[:whole].view(-1, _NORM_BLOCK).double().square().sum(1).tolist() if whole else []
+    squares: list[float] = []
+    if whole:
+        # A few blocks at a time: their doubles stay in the cache, and no copy of the whole is made.
+        for part in flat[:whole].view(-1, _NORM_BLOCK).split(_NORM_BLOCKS_AT_ONCE):
+            squares += part.double().square_().sum(1).tolist()
     squares += flat[whole:].double().square().tolist()
     return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
 

@@ -154,9 +154,20 @@ class Volunteer:
             log.warning("no replica gave its state in time", stage=replica.stage)
         if await replica.compute.run(Urgency.ROUND, self._checkpoint.load, replica.passes.trainer):
             await replica.rounds.start()
-        if replica.heads.newest() > replica.rounds.version:
+        version = await self._run_version()
+        if version > replica.rounds.version:
             log.warning("the stage's state is lost; it goes on from what this node has", stage=replica.stage)
-            await replica.rounds.jump(replica.heads.newest())
+            await replica.rounds.jump(version)
+
+    async def _run_version(self) -> int:
+        """How far the run is: by its heads; for a head that finds no other, by what half of the next stage says."""
+        replica = self.replica
+        if replica.stage != 0 or replica.is_last:
+            return replica.heads.newest()
+        records = (await self._directory.peers(1)).values()
+        versions = sorted(record.version for record in records if record.state in _HOLDS_STATE)
+        rounds = replica.manifest.schedule.rounds
+        return min(versions[len(versions) // 2], rounds) if versions else -1
 
     async def _is_stage_served(self) -> bool:
         records = await self._directory.peers(self.replica.stage)

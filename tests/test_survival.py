@@ -81,26 +81,29 @@ async def test_a_replica_of_each_stage_is_lost_in_turn(tmp_path: Path, number: s
 async def test_a_stage_without_replicas_waits_and_the_seed_is_not_needed(tmp_path: Path) -> None:
     manifest = small_manifest(kind="synchronous", rounds=100_000)
     async with local_swarm(manifest, tmp_path) as swarm, watching(swarm) as observer:
-        head, middle, tail = (swarm.join(stage) for stage in range(STAGES))
+        nodes = [swarm.join(stage) for stage in range(STAGES)]
+        lost: list[Process] = []
         await until(
-            observer,
-            lambda: min(versions(observer, swarm.nodes)) >= 2,
-            timeout=120,
-            what="the first two rounds",
+            observer, lambda: min(versions(observer, nodes)) >= 2, timeout=120, what="the first two rounds"
         )
-        middle.kill()
-        await until(
-            observer,
-            lambda: observer.sightings[head.peer].metrics.waiting_for == 1,
-            timeout=PATIENCE,
-            what="the head to say that it waits for stage 1",
-        )
-        newcomer = swarm.join(1)
-        await works(observer, newcomer)
-        await rounds_go_on(observer, [head, newcomer, tail], "after the lost stage was served again")
+        for stage in range(STAGES):
+            lost.append(nodes[stage])
+            lost[-1].kill()
+            others = [node for node in nodes if node not in lost]
+            await until(
+                observer,
+                lambda stage=stage, others=others: any(
+                    observer.sightings[node.peer].metrics.waiting_for == stage for node in others
+                ),
+                timeout=PATIENCE,
+                what=f"somebody to say that it waits for stage {stage}",
+            )
+            nodes[stage] = swarm.join(stage)
+            await works(observer, nodes[stage])
+            await rounds_go_on(observer, nodes, f"after the lost stage {stage} was served again")
 
         await observer.meet()
         assert swarm.seed is not None
         swarm.seed.kill()
-        await rounds_go_on(observer, [head, newcomer, tail], "without the bootstrap peer")
-        swarm.check_alive(but=[middle, swarm.seed])
+        await rounds_go_on(observer, nodes, "without the bootstrap peer")
+        swarm.check_alive(but=[*lost, swarm.seed])

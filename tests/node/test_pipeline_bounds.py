@@ -87,6 +87,7 @@ async def scene(places: list[Place], monkeypatch: pytest.MonkeyPatch) -> AsyncIt
         await round_trip(head, tail, 3, attempt=15)
         assert not victim.pipeline.flights
         assert Reason.INTERNAL not in victim.refused
+        assert victim.pipeline._error is None
     finally:
         for one in (*scene._more, head, tail, victim):
             await one.stop()
@@ -404,6 +405,18 @@ async def test_a_receiver_that_does_not_read_gets_no_more(
         await scene.head.expect(Gradient)
     assert stuck.inbox.empty()
     await stuck.leave()
+
+
+async def test_giving_up_what_waits_for_its_backward_pass_is_no_error(scene: Scene) -> None:
+    scene.tail.link.send(Credit(1))
+    microbatch = scene.head.activate(1)
+    await scene.tail.take()
+    async with scene.victim.busy():
+        scene.tail.answer(microbatch)
+        await answered(scene.tail.link)
+        scene.victim.pipeline.hand_back()
+    assert (await scene.head.expect(Refusal))[0] == Refusal(microbatch, Direction.ACTIVATION, Reason.LEAVING)
+    assert scene.victim.passes.slots == []
 
 
 # --- noise ---
