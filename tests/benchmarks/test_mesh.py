@@ -64,8 +64,8 @@ def test_it_learns() -> None:
 
 @pytest.mark.parametrize("direction", ["activation", "gradient"])
 def test_defended_it_ends_as_if_nobody_had_attacked(direction: str) -> None:
-    changes = {"rounds": 50, "warmup": 25, "attack": "flip", "attack_direction": direction}
-    free, bare = play(rounds=50), play(**changes)
+    changes = {"rounds": 95, "warmup": 70, "attack": "flip", "attack_direction": direction}
+    free, bare = play(rounds=95), play(**changes)
     run = play(detector="sentinel", **changes)
     assert summarise(run)["f1"] == 1.0
     assert abs(loss_of(run) - loss_of(free)) < min(0.02, abs(loss_of(bare) - loss_of(free)))
