@@ -9,10 +9,12 @@ import typer
 
 from cli.bootstrap import bootstrap
 from cli.demo import demo
+from cli.experiment import experiment
 from cli.failures import explain
 from cli.init import init
 from cli.join import join
 from cli.peers import peers
+from cli.simulate import simulate
 
 app = typer.Typer(
     name="sentinel-node",
@@ -28,6 +30,8 @@ app.command()(bootstrap)
 app.command()(join)
 app.command()(peers)
 app.command()(demo)
+app.command()(simulate)
+app.command()(experiment)
 
 
 def main() -> None:

@@ -1,0 +1,203 @@
+"""From finished runs to tables: Markdown to read, CSV to compute with."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.experiment import Result
+from benchmarks.experiment_plan import NO_ATTACK
+from benchmarks.mesh_config import MeshConfig
+from verifier.sentinel import Settings
+
+# Harm below this is not worth an attacker's while: it is the size of what another seed changes.
+HARMFUL = 0.02
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    note: str = ""
+
+
+def write_tables(name: str, tables: Iterable[Table], out: Path) -> None:
+    """`out`/NAME.md with all tables, and one CSV for each."""
+    parts = [f"# {name}\n"]
+    for number, table in enumerate(tables, 1):
+        with (out / f"{name}-{number}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(table.columns)
+            writer.writerows(table.rows)
+        parts.append(_markdown(table))
+    (out / f"{name}.md").write_text("\n".join(parts))
+
+
+def _markdown(table: Table) -> str:
+    lines = [f"## {table.title}\n", _row(table.columns), _row(["---"] * len(table.columns))]
+    lines += [_row(_show(value) for value in row) for row in table.rows]
+    return "\n".join([*lines, f"\n{table.note}\n" if table.note else ""])
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def build_tables(name: str, results: list[Result]) -> list[Table]:
+    if name == "scale":
+        return [_scale_table(results)]
+    if name == "ablation":
+        return [_ablation_table(results)]
+    tables = [_detection_table(results, detector) for detector in _detectors(results)]
+    return [*tables, _false_ban_table(results)] if name == "paper" else tables
+
+
+def _detectors(results: list[Result]) -> list[str]:
+    named = dict.fromkeys(result.case.config.detector for result in results)
+    return [detector for detector in named if detector != "none"]
+
+
+def attack_free_loss(results: list[Result], config: MeshConfig) -> float | None:
+    """Loss of the run of the same size and seed that nobody attacked and nobody judged."""
+    for result in results:
+        other = result.case.config
+        same = (other.replicas, other.stages, other.rounds, other.seed) == (
+            config.replicas,
+            config.stages,
+            config.rounds,
+            config.seed,
+        )
+        if same and other.attack is None and other.detector == "none":
+            return _loss(result)
+    return None
+
+
+def _loss(result: Result) -> float | None:
+    loss: float | None = result.summary["val_loss"]
+    return loss
+
+
+def harm(results: list[Result], result: Result) -> float | None:
+    """Nats of validation loss that this run lost against its attack-free one; None if either is not known."""
+    free, loss = attack_free_loss(results, result.case.config), _loss(result)
+    return None if free is None or loss is None else loss - free
+
+
+def _detection_table(results: list[Result], detector: str) -> Table:
+    rows = []
+    attacked = [one for one in results if one.case.row != NO_ATTACK]
+    for row in dict.fromkeys(one.case.row for one in attacked):
+        mine = [one for one in attacked if one.case.row == row and one.case.config.detector == detector]
+        bare = [one for one in attacked if one.case.row == row and one.case.config.detector == "none"]
+        if mine:
+            rows.append(_detection_row(results, row, mine, bare))
+    macro = [row[4] for row in rows if row[4] is not None]
+    harmful = [row[4] for row in rows if row[7] is None or row[7] > HARMFUL]
+    note = f"Macro F1 {mean(macro):.4f}. " if macro else ""
+    note += f"Lowest F1 where the attack, undefended, costs over {HARMFUL} nats or ruins the run: "
+    note += f"{min(harmful):.3f}." if harmful else "no such attack."
+    columns = (
+        "attack",
+        "held out",
+        "precision",
+        "recall",
+        "F1",
+        "rounds to ban",
+        "harm",
+        "harm undefended",
+        "false bans",
+    )
+    return Table(f"Detection by {detector}", columns, tuple(rows), note)
+
+
+def _detection_row(
+    results: list[Result], row: str, mine: list[Result], bare: list[Result]
+) -> tuple[Any, ...]:
+    return (
+        row,
+        "yes" if mine[0].case.held_out else "",
+        _mean(one.summary["precision"] for one in mine),
+        _mean(one.summary["recall"] for one in mine),
+        _mean(one.summary["f1"] for one in mine),
+        _median(one.summary["rounds_to_ban_median"] for one in mine),
+        _mean(harm(results, one) for one in mine),
+        _mean(harm(results, one) for one in bare),
+        sum(one.summary["false_bans"] for one in mine),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(median(known)) if known else None
+
+
+def _false_ban_table(results: list[Result]) -> Table:
+    alpha = Settings().alpha
+    rows = []
+    for detector in _detectors(results):
+        mine = [one for one in results if one.case.row == NO_ATTACK and one.case.config.detector == detector]
+        honest = sum(one.summary["honest_workers"] for one in mine)
+        false_bans = sum(one.summary["false_bans"] for one in mine)
+        flagged = _mean(one.summary["flagged_fraction_honest"] for one in mine)
+        allowed = alpha * honest if detector == "sentinel" else None
+        rows.append((detector, len(mine), honest, false_bans, allowed, flagged))
+    columns = (
+        "detector",
+        "seeds",
+        "honest workers",
+        "false bans",
+        f"allowed at alpha {alpha:g}",
+        "refused share",
+    )
+    return Table("No attack: false bans", columns, tuple(rows))
+
+
+def _ablation_table(results: list[Result]) -> Table:
+    rows = []
+    for what in dict.fromkeys(one.case.row for one in results):
+        mine = [one for one in results if one.case.row == what]
+        attacked = [one for one in mine if one.case.config.attack]
+        quiet = [one for one in mine if not one.case.config.attack]
+        rows.append(
+            (
+                what,
+                *(one.summary["f1"] for one in attacked),
+                _mean(one.summary["f1"] for one in attacked),
+                _median(one.summary["rounds_to_ban_median"] for one in attacked),
+                sum(one.summary["false_bans"] for one in quiet),
+            )
+        )
+    attacks = [
+        f"{one.case.config.attack}, {one.case.config.attack_direction}"
+        for one in results
+        if one.case.row == results[0].case.row and one.case.config.attack
+    ]
+    columns = ("variant", *attacks, "mean F1", "rounds to ban", "false bans without attack")
+    note = "F1 by attack. All rows but the first and the last two are without recomputation, which would hide much."
+    return Table("Ablation", columns, tuple(rows), note)
+
+
+def _scale_table(results: list[Result]) -> Table:
+    rows = []
+    for one in results:
+        seconds, verifying = one.summary["seconds_per_round"], one.summary["verify_seconds_per_round"]
+        per_worker = 1e3 * verifying / one.summary["workers"]
+        rows.append((one.summary["workers"], seconds, verifying, round(per_worker, 4), verifying / seconds))
+    columns = ("workers", "s per round", "verification s per round", "verification ms per worker", "share")
+    return Table("Scale, width 256, context 64", columns, tuple(rows))

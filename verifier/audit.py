@@ -1,0 +1,78 @@
+"""Recomputation: when it is worth its price, and what counts as the same tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from verifier.detector import Court, Hearing
+from verifier.streams import Direction, Hops, Mask
+
+TOLERANCE = 0.01
+TOKEN_TOLERANCE = 0.05
+
+
+def agrees(sent: Tensor, redone: Tensor) -> bool:
+    """Whether a tensor (B, T, W) is what a recomputation gave, up to what other hardware and rounding may change.
+
+    The difference may be 1% of the whole and 5% of any one token, in L2 norm. bf16 rounding moves an element by 0.4%
+    at most; what fits inside is too small to do harm.
+    """
+    if not bool(torch.isfinite(sent).all()):
+        return False
+    difference = (sent - redone).double()
+    if float(difference.norm()) > TOLERANCE * float(redone.double().norm()):
+        return False
+    lengths = redone.double().norm(dim=-1)
+    typical = lengths.median()
+    return bool((difference.norm(dim=-1) <= TOKEN_TOLERANCE * torch.maximum(lengths, typical)).all())
+
+
+class Auditor:
+    """Spends at most `budget` of all compute on recomputing hops: those that are wanted first, and what is left over on
+    the peers that were not looked at for longest, so that nobody can feel safe.
+
+    Compute is counted in forward passes of one hop; backward passes count two. `audits` (peers,) counts hearings a row.
+    """
+
+    # What must be saved for wanted hops before anything goes to routine checks, in worst-case hearings.
+    reserve = 4
+
+    def __init__(self, budget: float, peers: int) -> None:
+        self._budget = budget
+        self._savings = 0.0
+        self._waited = np.zeros((peers, 2))
+        self.audits = np.zeros(peers, dtype=np.int64)
+
+    def forget(self, row: int) -> None:
+        self._waited[row] = 0
+        self.audits[row] = 0
+
+    def hear(self, hops: Hops, rows: npt.NDArray[np.intp], wanted: Mask, court: Court) -> dict[int, Hearing]:
+        """Hearings by position in `hops`, as many as can be paid in full even at their worst."""
+        if self._budget <= 0:
+            return {}
+        game = int(hops.direction is Direction.GRADIENT)
+        self._savings += self._budget * (1 + game) * len(hops)
+        self._waited[rows, game] += 1
+        most = court.most(hops)
+        hearings: dict[int, Hearing] = {}
+        for place in self._choose(rows, game, wanted, most):
+            if self._savings < most:
+                break
+            hearing = court.hear(hops, place)
+            self._savings -= hearing.cost
+            self._waited[rows[place], game] = 0
+            self.audits[rows[place]] += 1
+            hearings[place] = hearing
+        return hearings
+
+    def _choose(self, rows: npt.NDArray[np.intp], game: int, wanted: Mask, most: float) -> list[int]:
+        chosen: list[int] = np.flatnonzero(wanted).tolist()
+        if self._savings >= self.reserve * most:
+            longest = int(np.argmax(self._waited[rows, game]))
+            if longest not in chosen:
+                chosen.append(longest)
+        return chosen

@@ -1,0 +1,143 @@
+"""What is usual in a stream: its mean tensor, and centre and spread of its features. Learns from accepted hops only."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verifier.streams import Floats, Mask
+
+_SCALE_FLOOR = 1e-6
+# Of the absolute value of a standard normal variable.
+_GAUSSIAN_MEDIAN = 0.6744897502
+
+
+class MeanTensor:
+    """EMA of tensors, as the paper keeps it: `keep` is the weight of the old mean *per hop*, so that it does not matter
+    how hops are batched. The paper's 0.9 per step of 8 replicas is 0.9 ** (1 / 8) per hop. `keep` 0 is its ablation
+    "no EMA": the mean of the latest hops alone."""
+
+    def __init__(self, keep: float) -> None:
+        self._keep = keep
+        self.value: Tensor | None = None
+
+    def update(self, tensors: Tensor) -> None:
+        """Learn from n >= 1 tensors, stacked along the first dimension."""
+        mean = tensors.mean(0)
+        if self.value is None or self.value.shape != mean.shape:
+            self.value = mean.clone()
+        else:
+            self.value = torch.lerp(mean, self.value, self._keep ** len(tensors))
+
+
+class Centring:
+    """Residuals of F features: what is left after the stream's centre is taken away, in units of its spread.
+
+    Replicas of a stage hold the same weights, so what moves all of them in one step is drift and not an attack. Where
+    a whole *group* of replicas is seen at once (so many that the honest are its majority), the step's centre is halfway
+    between the slowly learned one and their median; if their median is far off, the past is out of date, and the median
+    stands alone. Hops of the same round that come later, alone, use the step's centre too.
+
+    A group makes it `ready` at once. Without one it is ready after `infancy` hops, of which a minority may be corrupt.
+    """
+
+    outdated = 4.0
+    adapting = 0.03
+    infancy = 32
+
+    def __init__(self, features: int) -> None:
+        self._centre = np.zeros(features)
+        self._scale = np.ones(features)
+        self._step: tuple[int, Floats] | None = None
+        self._young: list[Floats] = []
+        self._seen = 0
+        self.ready = False
+
+    def residuals(self, values: Floats, round: int, group: Mask | None) -> Floats:
+        """(N, F) standardised residuals of values (N, F); 0 before it is ready.
+
+        `group` (N,): the rows to take the step's median over.
+        """
+        if not self.ready and group is not None:
+            self._start(values[group])
+        if not self.ready:
+            return np.zeros_like(values)
+        if group is not None:
+            self._step = round, self._follow(np.median(values[group], axis=0))
+        known = self._step is not None and self._step[0] == round
+        centre = self._step[1] if known and self._step is not None else self._centre
+        standard: Floats = (values - centre) / self._scale
+        return standard
+
+    def learn(self, values: Floats, residuals: Floats) -> None:
+        """Learn from accepted values (n, F) and the residuals that `residuals` gave for them."""
+        if not self.ready:
+            self._young += list(values)
+            if len(self._young) >= self.infancy:
+                self._start(np.array(self._young))
+            return
+        n = len(values)
+        self._seen += n
+        # A mean while young, then exponential forgetting over 32 hops.
+        quick = max(n / (self._seen + n), 1 - (1 - 1 / 32) ** n)
+        off = (np.median(values, axis=0) - self._centre) / self._scale
+        self._centre = self._centre + quick * self._scale * np.clip(off, -3.0, 3.0)
+        # Tracks the median residual: up by a little for each that is larger, down for each that is smaller. Of two
+        # fifths that are corrupt, however grossly, it can become twice too large and no more.
+        beyond = (np.abs(residuals) > _GAUSSIAN_MEDIAN).sum(0) - n / 2
+        little = max(self.adapting, min(0.15, 4 / self._seen))
+        self._scale = np.maximum(self._scale * np.exp(little * beyond), _SCALE_FLOOR)
+
+    @property
+    def settled(self) -> bool:
+        """Whether residuals are on their final scale, so that scores made of them can be compared with later ones."""
+        return self._seen >= 64
+
+    def restart(self) -> None:
+        """Forget everything: the stream is no longer what it was."""
+        self.ready, self._young, self._step, self._seen = False, [], None, 0
+
+    def _start(self, values: Floats) -> None:
+        self.ready, self._young = True, []
+        self._centre = np.median(values, axis=0)
+        deviation = 1.4826 * np.median(np.abs(values - self._centre), axis=0)
+        self._scale = np.maximum(1.5 * deviation, 2e-3 * np.maximum(np.abs(self._centre), 0.1))
+
+    def _follow(self, median: Floats) -> Floats:
+        shift = median - self._centre
+        followed: Floats = self._centre + np.where(
+            np.abs(shift) > self.outdated * self._scale, shift, shift / 2
+        )
+        return followed
+
+
+class Spread:
+    """How far apart the replicas of a step are, against what is usual: what moves most of them is not one's fault.
+
+    The median replica of a group is honest, or between honest ones. If even its score is higher than usual, the stage
+    as a whole has become rougher, and all scores of the step are divided by as much.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        self._usual = np.ones(kinds)
+        self._step: tuple[int, Floats] | None = None
+        self._seen = 0
+
+    def discount(self, scores: Floats, round: int, group: Mask | None) -> Floats:
+        """(K,) what to divide scores (N, K) by, at least 1; rows and rounds as in `Centring.residuals`."""
+        if group is not None:
+            self._step = round, np.maximum(np.median(scores[group], axis=0), _SCALE_FLOOR)
+        discount: Floats = np.maximum(1.0, self.typical(round) / self._usual)
+        return discount
+
+    def typical(self, round: int) -> Floats:
+        """(K,) the median score of the round's group, or the usual one where there was none."""
+        return self._step[1] if self._step is not None and self._step[0] == round else self._usual
+
+    def learn(self, scores: Floats) -> None:
+        """Learn from the undiscounted scores (n, K) of accepted hops."""
+        n = len(scores)
+        self._seen += n
+        quick = max(n / (self._seen + n), 1 - (1 - 1 / 64) ** n)
+        self._usual = np.maximum(self._usual + quick * (np.median(scores, axis=0) - self._usual), 1e-3)

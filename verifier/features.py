@@ -1,0 +1,118 @@
+"""What is measured on a tensor: its distances to the stream, and how it follows from its input.
+
+Everything is one pass over (N, B, T, W) for N hops at once and gives (N, features) in float64; W is the width, and
+P = B x T tokens are treated alike. Logarithms make scales additive, so that a median is a fair centre for them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verifier.streams import Floats
+
+MARGINAL = ("l1", "l2", "sign_flips", "sliced_wasserstein")
+TRANSITION = ("turn", "sign_changes", "step_size", "push", "mean_step", "mean_step_turn", "step_shape")
+TOKENS = ("worst_turn", "longest_step", "shortest_step", "highest_push", "lowest_push")
+
+_TINY = 1e-20
+# Below this share of changed signs a logarithm would only magnify counting noise.
+_SIGN_FLOOR = 1e-3
+
+
+@cache
+def projections(width: int, count: int = 8) -> Tensor:
+    """(W, count) fixed random unit directions for the sliced Wasserstein distance."""
+    generator = torch.Generator().manual_seed(width)
+    drawn = torch.randn(width, count, generator=generator)
+    unit: Tensor = drawn / drawn.norm(dim=0)
+    return unit
+
+
+def marginal_distances(outputs: Tensor, mean: Tensor, directions: Tensor) -> Floats:
+    """The paper's four distances (section 3) of outputs (N, B, T, W) to the stream's EMA (T, W): (N, 4).
+
+    L1: mean absolute difference. L2: norm of the difference over the norm of the EMA. Sign flips: share of elements
+    whose sign differs. Sliced Wasserstein: mean W1 between the sorted projections. The paper's exact formulas are not
+    known; these are the plain readings of their names.
+    """
+    n, b = outputs.shape[:2]
+    away = (outputs - mean).flatten(1)
+    elements = away.shape[1]
+    l1 = torch.linalg.vector_norm(away, 1, dim=1) / elements
+    spread = torch.linalg.vector_norm(away, dim=1) / elements**0.5
+    l2 = spread / mean.square().mean().sqrt().clamp_min(_TINY)
+    flips = _changed_signs(outputs, mean)
+    sliced = _sorted_projections(outputs.flatten(1, 2), directions)
+    reference = _sorted_projections(mean[None], directions).repeat_interleave(b, dim=2)
+    wasserstein = (sliced - reference).abs().mean((1, 2))
+    return _columns(n, l1, l2, flips, wasserstein)
+
+
+def log_marginal(distances: Floats) -> Floats:
+    """Marginal distances on logarithmic scales: (N, 4)."""
+    logs: Floats = np.log(distances + np.array([_TINY, _TINY, _SIGN_FLOOR, _TINY]))
+    return logs
+
+
+def _sorted_projections(tokens: Tensor, directions: Tensor) -> Tensor:
+    """(N, directions, P) projections of tokens (N, P, W), ascending along the last dimension."""
+    return torch.sort((tokens @ directions).transpose(1, 2).contiguous(), dim=2).values
+
+
+def _changed_signs(a: Tensor, b: Tensor) -> Tensor:
+    """(N,) share of elements whose sign differs; a zero counts half."""
+    return (1 - (a * b).sign_().mean((1, 2, 3))) / 2
+
+
+def mean_steps(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """(N, W) the step y - x averaged over tokens."""
+    return outputs.mean((1, 2)) - inputs.mean((1, 2))
+
+
+def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor) -> Floats:
+    """How outputs y follow from inputs x, both (N, B, T, W), given the stream's mean step (W,): (N, 12).
+
+    A transformer stage is a residual map y = x + f(x), and so is its backward map. The first seven are `TRANSITION`,
+    over all tokens; the last five are `TOKENS`, the tails over single tokens.
+    """
+    n = outputs.shape[0]
+    x, y = inputs.flatten(1, 2), outputs.flatten(1, 2)
+    step = y - x
+    lx, ly, ld = (torch.linalg.vector_norm(one, dim=2) for one in (x, y, step))
+    xx, yy, dd = lx.square(), ly.square(), ld.square()
+    cosine = (xx + yy - dd) / 2 / (lx * ly).clamp_min(_TINY)
+    turn, bend = 1 - cosine, torch.log(dd + _TINY) - torch.log(xx + _TINY)
+    # How much of the step is along the input: free of the step's size, which grows a lot in training.
+    push = (yy - xx - dd) / 2 / (lx * ld).clamp_min(_TINY)
+    sum_xx, sum_yy, sum_dd = xx.sum(1) + _TINY, yy.sum(1) + _TINY, dd.sum(1) + _TINY
+    changes = _changed_signs(inputs, outputs)
+    spread = (sum_dd / x.shape[1]).sqrt()
+    own = step.mean(1)
+    wander = (own - mean_step).norm(dim=1) / spread
+    along = torch.nn.functional.cosine_similarity(own, mean_step[None], dim=1)
+    roughness = torch.linalg.vector_norm(step.flatten(1), 1, dim=1) / step[0].numel()
+    shape = roughness * x.shape[2] ** 0.5 / spread
+    return _columns(
+        n,
+        torch.log(turn.mean(1).clamp_min(1e-6)),
+        torch.log(changes + _SIGN_FLOOR),
+        torch.log(sum_dd) - torch.log(sum_xx),
+        (sum_yy - sum_xx - sum_dd) / 2 / (sum_xx.sqrt() * sum_dd.sqrt()),
+        torch.log(wander + _TINY),
+        torch.log((1 - along).clamp_min(0) + 0.01),
+        torch.log(shape + _TINY),
+        torch.log(turn.amax(1).clamp_min(1e-6)),
+        bend.amax(1),
+        bend.amin(1),
+        push.amax(1),
+        push.amin(1),
+    )
+
+
+def _columns(n: int, *features: Tensor) -> Floats:
+    stacked: Floats = torch.stack([feature.reshape(n) for feature in features], dim=1).double().numpy()
+    return stacked
