@@ -20,9 +20,13 @@ def experiment(
 ) -> None:
     """Run one of the experiments and write its tables (Markdown, CSV) and plots (PNG).
 
-    Example: `sentinel-node experiment paper --out results/paper`
-
     Interrupted, it goes on where it stopped when started again with the same --out.
+
+    Examples:
+
+        sentinel-node experiment paper --quick --out results/quick
+
+        sentinel-node experiment beyond --out results/beyond --jobs 2
     """
     from benchmarks.experiment import default_jobs, run_cases
     from benchmarks.experiment_plan import PLANS, plan

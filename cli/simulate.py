@@ -25,24 +25,29 @@ def simulate(
     attack: Annotated[
         str | None,
         typer.Option(
-            help="An attack of the suite, such as `flip` or `noise:0.5`.", metavar="SPEC|FILE.py:CLASS"
+            help="An attack of the suite, such as `flip` or `noise:0.5`, or `FILE.py:CLASS`.", metavar="SPEC"
         ),
     ] = None,
     attack_direction: Annotated[
-        str, typer.Option(help="What is corrupted.", metavar="activation|gradient|both")
+        str, typer.Option(help="What is corrupted: `activation`, `gradient` or `both`.", metavar="WHAT")
     ] = "activation",
     fraction: Annotated[
         float, typer.Option(help="Share of malicious replicas in a stage, rounded down.")
     ] = 0.25,
     duty: Annotated[float, typer.Option(help="Share of rounds in which attackers act.")] = 1.0,
     collusion: Annotated[float, typer.Option(help="Share of the attackers that act as one.")] = 0.0,
-    wiring: Annotated[str, typer.Option(help="Who works with whom.", metavar="random|fixed")] = "random",
+    wiring: Annotated[
+        str, typer.Option(help="Who works with whom: `random` or `fixed`.", metavar="KIND")
+    ] = "random",
     detector: Annotated[
-        str, typer.Option(help="Who judges.", metavar="sentinel|marginal|none|duplicate|FILE.py:CLASS")
+        str,
+        typer.Option(
+            help="Who judges: `sentinel`, `marginal`, `none`, `duplicate` or `FILE.py:CLASS`.", metavar="NAME"
+        ),
     ] = "sentinel",
     data: Annotated[
         str,
-        typer.Option(help="`builtin:pydoc`, `text:GLOB` or `hf:DATASET[:CONFIG[:SPLIT]]`.", metavar="SPEC"),
+        typer.Option(help="`builtin:pydoc`, `text:GLOB` or `hf:NAME[:CONFIG[:SPLIT]]`.", metavar="SPEC"),
     ] = "builtin:pydoc",
     width: Annotated[int, typer.Option(help="Width of the model.")] = 64,
     context: Annotated[int, typer.Option(help="Tokens a sequence.")] = 64,
@@ -58,9 +63,14 @@ def simulate(
 ) -> None:
     """Train a mesh of workers with attackers among them, and see who is banned and what it costs.
 
-    Example: `sentinel-node simulate --attack flip --attack-direction gradient --fraction 0.375`
-
     Replicas of a stage share weights, so one batched pass with per-worker corruption is the whole mesh.
+
+    Examples:
+
+        sentinel-node simulate --attack noise:0.5 --json result.json
+
+        sentinel-node simulate --fraction 0.375 \\
+            --attack flip --attack-direction gradient
     """
     from benchmarks.mesh_config import MeshConfig
 
