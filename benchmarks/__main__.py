@@ -7,6 +7,8 @@ import asyncio
 import itertools
 import json
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -153,7 +155,11 @@ async def delay(folder: Path, repeat: int, rounds: int | None) -> Report:
     return report
 
 
-async def _measure(options: argparse.Namespace) -> dict[str, Any]:
+async def _measure(options: argparse.Namespace) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    # As Ctrl-C does: whatever was started is stopped on the way out.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     results: dict[str, Any] = {"machine": machine(), "parts": {}}
     for part in options.only or PARTS:
         with tempfile.TemporaryDirectory(prefix="sentinel-bench-") as name:
@@ -170,7 +176,9 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
         _console.print(f"load average at its end: {load}")
         report.show(_console)
         results["parts"][part] = {**report.as_json(), "load_average_after": load}
-    return results
+        if options.json is not None:
+            text = json.dumps(results, indent=1) + "\n"
+            await asyncio.to_thread(options.json.write_text, text)
 
 
 def _options() -> argparse.Namespace:
@@ -192,9 +200,10 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     _console.print(machine())
-    results = uvloop.run(_measure(options))
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    try:
+        uvloop.run(_measure(options))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)
 
 
 if __name__ == "__main__":

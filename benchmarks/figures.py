@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ class Report:
 
     def add(self, name: str, value: float, unit: str) -> None:
         self.series.setdefault(name, Series(name, unit)).values.append(value)
+        print(f"{name}: {value:.4g} {unit}", file=sys.stderr, flush=True)
 
     def ratio(self, name: str, top: str, bottom: str, goal: float | None = None) -> None:
         self.ratios.append(Ratio.of(name, self.series[top], self.series[bottom], goal))
