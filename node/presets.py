@@ -49,7 +49,7 @@ _TINY = Preset(
     rounds=60,
     batch=BatchSection(context=64, sequences=4, microbatches=16),
     # No momentum: it makes gradients that are one round old overshoot (and does not help without delay either).
-    optimizer=OptimizerSection(lr=3e-3, beta1=0.0, warmup_rounds=10),
+    optimizer=OptimizerSection(lr=2e-3, beta1=0.0, warmup_rounds=10),
 )
 
 # The paper's: Llama-3 0.6B, 16 layers, width 1024, context 1024, 16 stages, 5,000 steps. Llama-3 means its vocabulary
