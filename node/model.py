@@ -8,6 +8,7 @@ replicas of a stage agree without talking, and every cut of a model has the same
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -50,13 +51,18 @@ class StageModule(nn.Module):
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
+# transformers and torch change process-wide state while they build a model, and a process may hold several nodes.
+_BUILDING = Lock()
+
+
 def build_stage(manifest: Manifest, stage: int, device: torch.device) -> StageModule:
     """Stage `stage` of the manifest's model in fp32 on `device`, with its initial weights.
 
     Raises `UserError` if the model cannot be cut.
     """
     low, high = manifest.stages.cut[stage], manifest.stages.cut[stage + 1]
-    return _build(manifest, low, high, device)
+    with _BUILDING:
+        return _build(manifest, low, high, device)
 
 
 def build_uncut(manifest: Manifest, device: torch.device) -> StageModule:
