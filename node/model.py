@@ -8,7 +8,7 @@ replicas of a stage agree without talking, and every cut of a model has the same
 from __future__ import annotations
 
 from collections.abc import Iterator
-from threading import Lock
+from threading import RLock
 from typing import Any, cast
 
 import torch
@@ -52,7 +52,7 @@ class StageModule(nn.Module):
 
 
 # transformers and torch change process-wide state while they build a model, and a process may hold several nodes.
-_BUILDING = Lock()
+_BUILDING = RLock()
 
 
 def build_stage(manifest: Manifest, stage: int, device: torch.device) -> StageModule:
@@ -67,12 +67,14 @@ def build_stage(manifest: Manifest, stage: int, device: torch.device) -> StageMo
 
 def build_uncut(manifest: Manifest, device: torch.device) -> StageModule:
     """The whole model as one stage that is first and last, with exactly the weights that the stages have."""
-    return _build(manifest, 0, manifest.model.layers, device)
+    with _BUILDING:
+        return _build(manifest, 0, manifest.model.layers, device)
 
 
 def parameter_bytes(manifest: Manifest, stage: int) -> int:
     """Bytes of the stage's fp32 weights, found without allocating them. Training needs about five times as much."""
-    causal_lm = meta_model(manifest.model)
+    with _BUILDING:
+        causal_lm = meta_model(manifest.model)
     _prune(causal_lm, manifest.stages.cut[stage], manifest.stages.cut[stage + 1])
     return sum(parameter.numel() * 4 for parameter in causal_lm.parameters())
 
