@@ -12,7 +12,7 @@ from node.progress import next_slot
 from node.replica import Replica
 from node.tasks import wait_for
 from protocol.directory import Directory, PeerState
-from protocol.errors import SentinelError
+from protocol.errors import ProtocolError, SentinelError
 from protocol.receipts import MAX_ATTEMPT, MicrobatchId
 
 _LOOK_AGAIN = 1.0
@@ -86,7 +86,10 @@ class Injector:
             return True
         needed = replica.manifest.schedule.min_replicas
         for stage in range(replica.manifest.stages.count):
-            records = (await self._directory.peers(stage)).values()
+            try:
+                records = (await self._directory.peers(stage)).values()
+            except ProtocolError:
+                return False
             serving = sum(record.state in (PeerState.SERVING, PeerState.WAITING) for record in records)
             if serving < needed:
                 await asyncio.sleep(_START_POLL)

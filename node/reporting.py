@@ -12,6 +12,7 @@ from node.replica import Replica
 from node.tasks import wait_for
 from protocol import wire
 from protocol.directory import Directory, PeerState, StageRecord
+from protocol.errors import ProtocolError
 from protocol.identity import Identity
 from protocol.reports import Metrics, SlotLoss, metrics_topic, progress_topic
 
@@ -40,7 +41,7 @@ class Reporter:
         topic = progress_topic(replica.run, replica.stage)
         while True:
             own = replica.note_own_progress()
-            with suppress(OSError, asyncio.IncompleteReadError):
+            with suppress(ProtocolError):  # What counts is said again soon.
                 await replica.host.publish(topic, wire.encode(own))
             await asyncio.sleep(_AT_MOST_EVERY)
             await wait_for(replica.progress_due, REPORT_EVERY)

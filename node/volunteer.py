@@ -31,6 +31,7 @@ from protocol.reports import Metrics
 log = structlog.get_logger("node")
 
 _LOOK_EVERY = 2.0
+_MEET_EVERY = 0.5
 _CHECKPOINT_EVERY = 30.0
 _LEAVE_WITHIN = 10.0
 _WITHDRAW_WITHIN = 3.0
@@ -73,6 +74,8 @@ class Volunteer:
         self._tasks: TaskSet | None = None
         self._host: Host | None = None
         self._replica: Replica | None = None
+        self._neighbours: dict[PeerId, StageRecord] = {}
+        self._meeting: set[PeerId] = set()
 
     @property
     def replica(self) -> Replica:
@@ -108,7 +111,8 @@ class Volunteer:
         )
         self._reporter = Reporter(replica, self._directory, self._identity, await host.addresses())
         await replica.start()
-        tasks.every(_LOOK_EVERY, self._meet_neighbours)
+        tasks.every(_LOOK_EVERY, self._look_around)
+        tasks.every(_MEET_EVERY, self._meet_neighbours)
         tasks.every(REPORT_EVERY, self._reporter.report_metrics)
         tasks.every(ANNOUNCE_EVERY, self._reporter.announce)
         tasks.spawn(self._reporter.report_progress())
@@ -137,7 +141,6 @@ class Volunteer:
     async def _acquire_state(self) -> None:
         """From replicas if there are any; else from our disk; else the initial weights at the run's version."""
         replica = self.replica
-        await self._meet_neighbours()
         began = monotonic()
         # Whoever holds the state reports once a second.
         quiet = 2 * REPORT_EVERY + 4 * self._config.limits.link_delay
@@ -170,22 +173,38 @@ class Volunteer:
         return min(versions[len(versions) // 2], rounds) if versions else -1
 
     async def _is_stage_served(self) -> bool:
-        records = await self._directory.peers(self.replica.stage)
+        try:
+            records = await self._directory.peers(self.replica.stage)
+        except ProtocolError:
+            return True  # For all we know.
         return any(peer != self.peer_id and record.state in _HOLDS_STATE for peer, record in records.items())
 
-    async def _meet_neighbours(self) -> None:
-        """Keep a link to the replicas of our own stage and of the next one."""
+    async def _look_around(self) -> None:
+        """Read who serves our own stage and the next one."""
         replica = self.replica
         stages = [replica.stage] if replica.is_last else [replica.stage, replica.stage + 1]
+        found: dict[PeerId, StageRecord] = {}
         for stage in stages:
-            for peer, record in (await self._directory.peers(stage)).items():
-                link = replica.switchboard.links.get(peer)
-                if peer != self.peer_id and (link is None or not link.is_up) and self._tasks is not None:
-                    self._tasks.spawn(self._meet(peer, record))
+            found |= await self._directory.peers(stage)
+        found.pop(self.peer_id, None)
+        self._neighbours = found
+
+    async def _meet_neighbours(self) -> None:
+        """Keep a link to each neighbour. One that was lost is dialled again without asking the DHT, which may be slow
+        just then: it is the same peers that are gone."""
+        for peer, record in self._neighbours.items():
+            link = self.replica.switchboard.links.get(peer)
+            if (link is None or not link.is_up) and peer not in self._meeting and self._tasks is not None:
+                self._meeting.add(peer)
+                self._tasks.spawn(self._meet(peer, record))
 
     async def _meet(self, peer: PeerId, record: StageRecord) -> None:
-        with suppress(ProtocolError):
+        try:
             await self.replica.switchboard.connect(peer, record.addresses)
+        except ProtocolError:
+            return  # Tried again at the next turn.
+        finally:
+            self._meeting.discard(peer)
 
     # --- serving ---
 

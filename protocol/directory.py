@@ -8,6 +8,7 @@ and readers check again.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from enum import StrEnum
 from typing import Annotated
@@ -33,6 +34,8 @@ _MAX_LIFETIME = 4 * LIFETIME
 _CLOCK_SLACK = 30.0
 _STORING = 5.0
 """Seconds that may pass between stating a record and storing it."""
+_WITHIN = 15.0
+"""Seconds for one word with the DHT: it asks several peers in turn, and who hangs takes 3 s each."""
 MAX_RECORDS = 512
 """Records of one stage that a node of the DHT keeps."""
 MAX_RECORD = 4096
@@ -151,20 +154,31 @@ class Directory:
         return cls(node, run)
 
     async def announce(self, record: StageRecord, identity: Identity) -> bool:
-        """Store our record for `LIFETIME` seconds. False if no DHT node took it."""
+        """Store our record for `LIFETIME` seconds. False if no DHT node took it in time."""
         # A record replaces one that expires sooner, so ours must never shrink.
         self._expiry = max(time.time() + LIFETIME, self._expiry + 0.001)
-        stored = await self._dht.store(
-            key_of(self._run, record.stage),
-            wire.encode(SignedRecord.sign(record, identity)),
-            expiration_time=self._expiry,
-            subkey=record.peer,
-        )
+        try:
+            async with asyncio.timeout(_WITHIN):
+                stored = await self._dht.store(
+                    key_of(self._run, record.stage),
+                    wire.encode(SignedRecord.sign(record, identity)),
+                    expiration_time=self._expiry,
+                    subkey=record.peer,
+                )
+        except TimeoutError:
+            return False
         return bool(stored)
 
     async def peers(self, stage: int) -> dict[PeerId, StageRecord]:
-        """The valid, unexpired records of a stage, those of peers that left excepted."""
-        found = await self._dht.get(key_of(self._run, stage), latest=True)
+        """The valid, unexpired records of a stage, those of peers that left excepted.
+
+        Raises `ProtocolError` (timed_out) if the DHT does not answer.
+        """
+        try:
+            async with asyncio.timeout(_WITHIN):
+                found = await self._dht.get(key_of(self._run, stage), latest=True)
+        except TimeoutError:
+            raise ProtocolError(Reason.TIMED_OUT, f"looking up stage {stage}") from None
         if found is None or not isinstance(found.value, dict):
             return {}
         records: dict[PeerId, StageRecord] = {}

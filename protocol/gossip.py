@@ -12,15 +12,23 @@ from contextlib import suppress
 
 import structlog
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from hivemind.p2p.p2p_daemon_bindings.utils import (
+    ControlFailure,
+    raise_if_failed,
+    read_pbmsg_safe,
+    write_pbmsg,
+)
 from hivemind.proto import p2pd_pb2
 
+from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
 
 log = structlog.get_logger("gossip")
 
 MAX_GOSSIP = 256 * 1024
 """Bytes of one gossip message; a larger one is dropped unread. The longest report has three lists of 8,192 slots."""
+
+_PUBLISH_WITHIN = 5.0
 
 OnGossip = Callable[[PeerId, bytes], None]
 
@@ -35,9 +43,18 @@ async def _open(p2p: P2P, request: p2pd_pb2.PSRequest) -> tuple[asyncio.StreamRe
 
 
 async def publish(p2p: P2P, topic: str, data: bytes) -> None:
-    """Send to every subscriber of `topic`, ourselves included if we subscribe."""
+    """Send to every subscriber of `topic`, ourselves included if we subscribe.
+
+    Raises `ProtocolError` (unreachable or timed_out) if p2pd does not take it.
+    """
     request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.PUBLISH, topic=topic, data=data)
-    _, writer = await _open(p2p, request)
+    try:
+        async with asyncio.timeout(_PUBLISH_WITHIN):
+            _, writer = await _open(p2p, request)
+    except TimeoutError:
+        raise ProtocolError(Reason.TIMED_OUT, f"gossip on {topic}") from None
+    except (ControlFailure, OSError, asyncio.IncompleteReadError) as error:
+        raise ProtocolError(Reason.UNREACHABLE, f"gossip on {topic}: {error}") from None
     writer.close()
 
 

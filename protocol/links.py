@@ -7,6 +7,7 @@ out for a while who breaks the protocol. What tensors mean is its owner's busine
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
@@ -19,7 +20,7 @@ from protocol import sockets, streams, wire
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
 from protocol.identity import PeerId
-from protocol.messages import MAX_CHUNK, PROTOCOL_VERSION, Hello, Reply, Request
+from protocol.messages import MAX_CHUNK, PROTOCOL_VERSION, SESSION_SIZE, Hello, Reply, Request
 from protocol.refusals import Refusals
 from protocol.streams import Stream
 
@@ -57,14 +58,22 @@ class Owner(Protocol):
 
 
 class Link:
-    """The streams between us and one peer, and what is asked over them."""
+    """The streams between us and one peer, and what is asked over them.
+
+    They live and die together: what was under way on one that broke is lost, and only the end of the link tells both
+    sides to send it again, or to hand it over to whom they choose instead.
+    """
 
     def __init__(self, peer: PeerId) -> None:
         self.peer = peer
         self.stage = -1
+        self.session = secrets.token_bytes(SESSION_SIZE)
+        self.their_session = b""
         self.streams: list[Stream] = []
-        self.up = asyncio.Event()
+        self.was_up = False
         self.closed = False
+        self.forgotten = False
+        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.dialled = False
         self.answering = 0
         self._number = 0
@@ -72,7 +81,21 @@ class Link:
 
     @property
     def is_up(self) -> bool:
-        return self.up.is_set() and not self.closed
+        return self.was_up and not self.closed
+
+    async def wait_until_up(self) -> None:
+        """Raises `ProtocolError` (unreachable) as soon as it is closed."""
+        await asyncio.shield(self._greeted)
+        if self.closed:
+            raise ProtocolError(Reason.UNREACHABLE, self.peer)
+
+    def greet(self, hello: Hello) -> None:
+        self.stage, self.their_session, self.was_up = hello.stage, hello.session, True
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._greeted.done():
+            self._greeted.set_result(None)
 
     @property
     def round_trip(self) -> float | None:
@@ -122,7 +145,8 @@ class Link:
 
     def close(self, *, abort: bool = False) -> None:
         self.closed = True
-        for stream in self.streams:
+        self._wake()
+        for stream in tuple(self.streams):
             (stream.abort if abort else stream.close)()
         for question in self._questions.values():
             if not question.done():
@@ -157,7 +181,7 @@ class Switchboard:
         """Close every link, letting queued frames leave."""
         await self._acceptor.stop()
         for link in tuple(self.links.values()):
-            link.close()
+            self._close(link)
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -182,7 +206,7 @@ class Switchboard:
                     await self.host.connect(peer, addresses)
                     link = await self._open_stream(peer)
                     link.dialled = True
-                    await link.up.wait()
+                    await link.wait_until_up()
                 return link
         except TimeoutError:
             raise ProtocolError(Reason.TIMED_OUT, f"dialling {peer}") from None
@@ -216,7 +240,7 @@ class Switchboard:
         if len(link.streams) >= MAX_STREAMS:
             raise ProtocolError(Reason.BUSY, "too many streams")
         stream = Stream(
-            Hello(PROTOCOL_VERSION, self.run, self.stage),
+            Hello(PROTOCOL_VERSION, self.run, self.stage, link.session),
             self._max_tensor,
             lambda stream, message, payload: self._on_frame(link, stream, message, payload),
             lambda stream: self._on_stream_closed(link, stream),
@@ -251,13 +275,19 @@ class Switchboard:
             raise ProtocolError(Reason.WRONG_VERSION, str(hello.version))
         if hello.run != self.run:
             raise ProtocolError(Reason.FOREIGN_RUN)
-        if link.up.is_set() and hello.stage != link.stage:
+        if link.closed:
+            return
+        if link.was_up and hello.session != link.their_session:
+            # It gave up the link that we still believe in, with all that was under way on it. So do we; it dials again.
+            log.info("link begun anew by the other side", peer=link.peer)
+            self._close(link, abort=True)
+            return
+        if link.was_up and hello.stage != link.stage:
             raise ProtocolError(Reason.WRONG_STAGE, f"{hello.stage} and {link.stage} on one link")
         stream.greeted = True
-        link.stage = hello.stage
         stream.ping()
-        if not link.up.is_set():
-            link.up.set()
+        if not link.was_up:
+            link.greet(hello)
             self._owner.on_link_up(link)
 
     async def _answer(self, link: Link, request: Request, payload: memoryview) -> None:
@@ -293,12 +323,23 @@ class Switchboard:
     def _on_stream_closed(self, link: Link, stream: Stream) -> None:
         if stream in link.streams:
             link.streams.remove(stream)
-        if link.streams:
+        if link.streams and not link.closed and not stream.greeted:
+            return  # One more stream that did not come to be.
+        self._close(link, abort=True)
+
+    def _close(self, link: Link, *, abort: bool = False) -> None:
+        """Once. The owner hears of it when whoever calls is done, and before the peer's next link can come up."""
+        if not link.closed:
+            link.close(abort=abort)
+        asyncio.get_running_loop().call_soon(self._forget, link)
+
+    def _forget(self, link: Link) -> None:
+        if link.forgotten:
             return
-        link.close()
+        link.forgotten = True
         if self.links.get(link.peer) is link:
             del self.links[link.peer]
-        if link.up.is_set():
+        if link.was_up:
             self._owner.on_link_down(link)
 
     def reject(self, peer: PeerId, error: ProtocolError) -> None:
@@ -309,7 +350,7 @@ class Switchboard:
         if len(self._penalties) > 4 * MAX_LINKS:
             self._penalties.popitem(last=False)
         if link := self.links.get(peer):
-            link.close(abort=True)
+            self._close(link, abort=True)
 
     async def _watch(self) -> None:
         """Heartbeats: ping every stream, abort the silent ones, and open more where the round trip is long."""

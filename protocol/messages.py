@@ -22,6 +22,8 @@ MAX_MESSAGE: Final = 64 * 1024
 MAX_CHUNK: Final = 4 * 1024 * 1024
 """Bytes of payload that a request or reply may carry; larger things go in several."""
 
+SESSION_SIZE: Final = 8
+
 _HEADER: Final = struct.Struct(">HBxIQ")
 _MAGIC: Final = 0x5E17
 HEADER_SIZE: Final = _HEADER.size
@@ -42,11 +44,15 @@ class Kind(IntEnum):
 
 
 class Hello(wire.Message, frozen=True):
-    """First on every stream, both ways. `stage` is -1 for a peer that serves none."""
+    """First on every stream, both ways. `stage` is -1 for a peer that serves none.
+
+    `session` names the sender's side of the link: all its streams say the same, and another says that it began anew.
+    """
 
     version: Annotated[int, msgspec.Meta(ge=0, le=65535)]
     run: Digest
     stage: Annotated[int, msgspec.Meta(ge=-1, le=4095)]
+    session: Annotated[bytes, msgspec.Meta(min_length=SESSION_SIZE, max_length=SESSION_SIZE)]
 
 
 class Ping(wire.Message, frozen=True):

@@ -146,13 +146,12 @@ class Acceptor:
         while True:
             try:
                 stream, _ = await loop.sock_accept(self._listener)
-            except (
-                OSError
-            ) as error:  # Out of file descriptors: this passes, and must not make us deaf for good.
+                stream.setblocking(False)
+            except OSError as error:
+                # Out of file descriptors: this passes, and must not make us deaf for good.
                 log.warning("cannot accept a stream", problem=str(error))
                 await asyncio.sleep(_ACCEPT_AGAIN)
                 continue
-            stream.setblocking(False)
             _widen(stream)
             self._spawn(self._greet(stream))
 

@@ -26,7 +26,7 @@ from protocol.host import Host
 from protocol.identity import Identity
 from protocol.links import Link, Switchboard
 from protocol.manifest import Manifest
-from protocol.messages import PROTOCOL_VERSION, Activation, Credit, Gradient, Hello
+from protocol.messages import PROTOCOL_VERSION, SESSION_SIZE, Activation, Credit, Gradient, Hello
 from protocol.receipts import Direction, MicrobatchId, Receipt, SignedReceipt, check_hop
 
 WITHIN = 20.0
@@ -232,12 +232,14 @@ async def round_trip(head: Neighbour, tail: Neighbour, slot: int, attempt: int =
     assert digest(payload) == message.receipt.receipt.output
 
 
-async def raw_stream(place: Place, victim: Victim, *, stage: int | None = None) -> socket.socket:
+async def raw_stream(
+    place: Place, victim: Victim, *, stage: int | None = None, session: bytes = bytes(SESSION_SIZE)
+) -> socket.socket:
     """A stream of bytes to the victim; with `stage`, one that has said hello."""
     await place.host.connect(victim.peer, victim.place.addresses)
     stream = await sockets.dial(place.host.p2p, victim.peer, victim.switchboard._protocol, WITHIN)
     if stage is not None:
-        await say(stream, messages.frame_of(Hello(PROTOCOL_VERSION, victim.run, stage)))
+        await say(stream, messages.frame_of(Hello(PROTOCOL_VERSION, victim.run, stage, session)))
     return stream
 
 

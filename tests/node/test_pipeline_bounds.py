@@ -436,7 +436,7 @@ async def test_ten_thousand_unwanted_messages_in_one_stream(scene: Scene) -> Non
             await asyncio.sleep(0)
     await scene.victim.until_refused(Reason.UNSOLICITED, 5_500)
     assert set(scene.victim.refused) == {Reason.UNSOLICITED}
-    stream = await raw_stream(scene.elsewhere, scene.victim, stage=2)
+    stream = await raw_stream(scene.elsewhere, scene.victim, stage=2, session=evil.link.session)
     await say(stream, os.urandom(64) * 10_000)
     await hung_up(stream)
     await scene.victim.until_refused(Reason.MALFORMED)
@@ -478,8 +478,11 @@ async def test_a_header_of_a_gibibyte_is_refused_at_once(scene: Scene, kind: Kin
 
 
 GREETINGS: dict[str, tuple[Callable[[Victim], Hello], Reason]] = {
-    "of another run": (lambda victim: Hello(1, victim.run[:8] + b"x" * 24, 0), Reason.FOREIGN_RUN),
-    "of another version": (lambda victim: Hello(2, victim.run, 0), Reason.WRONG_VERSION),
+    "of another run": (
+        lambda victim: Hello(1, victim.run[:8] + b"x" * 24, 0, b"evil" * 2),
+        Reason.FOREIGN_RUN,
+    ),
+    "of another version": (lambda victim: Hello(2, victim.run, 0, b"evil" * 2), Reason.WRONG_VERSION),
 }
 
 
@@ -494,7 +497,7 @@ async def test_a_hello_of_elsewhere_is_refused(scene: Scene, name: str) -> None:
 
 async def test_a_second_hello_is_refused(scene: Scene) -> None:
     stream = await raw_stream(scene.elsewhere, scene.victim, stage=0)
-    await say(stream, messages.frame_of(Hello(1, scene.victim.run, 0)))
+    await say(stream, messages.frame_of(Hello(1, scene.victim.run, 0, b"evil" * 2)))
     await hung_up(stream)
     assert scene.victim.refused == {Reason.MALFORMED: 1}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 import pytest_asyncio
@@ -28,11 +29,16 @@ class Listener:
 
     def __init__(self) -> None:
         self.heard: list[wire.Message] = []
+        self.up = asyncio.Event()
         self.down = asyncio.Event()
+        self.told: list[str] = []
 
-    def on_link_up(self, link: Link) -> None: ...
+    def on_link_up(self, link: Link) -> None:
+        self.told.append("up")
+        self.up.set()
 
     def on_link_down(self, link: Link) -> None:
+        self.told.append("down")
         self.down.set()
 
     def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
@@ -183,6 +189,44 @@ async def test_who_waits_for_an_answer_learns_that_the_peer_is_gone(pair: Pair) 
     assert not link.is_up
     with pytest.raises(ProtocolError):
         link.send(Reply(1, None, b""))
+
+
+async def within(event: asyncio.Event) -> None:
+    async with asyncio.timeout(20.0):
+        await event.wait()
+
+
+async def test_a_link_ends_on_both_sides_with_any_of_its_streams(pair: Pair) -> None:
+    """What was under way on that stream is lost, and nothing else would tell."""
+    answering, asking, link = pair
+    await asking._open_stream(link.peer)
+    assert len(link.streams) == 2
+    link.streams[1].abort()
+    await asyncio.gather(within(asking._owner.down), within(answering._owner.down))
+    assert not link.is_up
+    assert not asking.links
+    assert not answering.links
+    assert (await asking.connect(link.peer)).is_up
+
+
+async def test_a_side_that_begins_anew_makes_the_other_begin_anew(pair: Pair) -> None:
+    """One side has given up its link unnoticed, as after a long silence: its next stream must not join the old link."""
+    answering, asking, link = pair
+    owner: Listener = answering._owner
+    await within(owner.up)
+    (old,) = answering.links.values()
+    del asking.links[link.peer]
+    owner.up.clear()
+    with suppress(ProtocolError):  # The other side may have greeted before it saw that this is another link.
+        await asking.connect(link.peer)
+    await within(owner.down)
+    assert not old.is_up
+    async with asyncio.timeout(20.0):
+        while not owner.up.is_set():
+            with suppress(ProtocolError):
+                await asking.connect(link.peer)
+            await asyncio.sleep(0.01)
+    assert owner.told == ["up", "down", "up"]
 
 
 async def test_no_more_links_than_there_is_room_for(

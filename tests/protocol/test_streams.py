@@ -16,7 +16,7 @@ from protocol.streams import Stream
 from tests.protocol.strategies import messages_of, mutated
 
 MAX_TENSOR = 4096
-HELLO = Hello(PROTOCOL_VERSION, b"r" * 32, 1)
+HELLO = Hello(PROTOCOL_VERSION, b"r" * 32, 1, b"session!")
 FRAMED = [kind for kind in messages._KINDS if kind not in (Ping, Pong, Hello)]
 
 
