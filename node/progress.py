@@ -88,12 +88,16 @@ class StageProgress:
 
     def is_round_full(self, version: int) -> bool:
         """Whether the members of round `version` have reached the run's batch."""
+        return self.missing(version) == 0
+
+    def missing(self, version: int) -> int:
+        """Microbatches that the members of round `version` still need."""
         size = self.manifest.batch.microbatches
         if self.manifest.schedule.kind == "synchronous":
-            return covers_round(self.covered(), version, size)
+            return len(set(range(version * size, (version + 1) * size)) - self.covered())
         # Counted from the run's beginning: what one round has too much, the next one needs less.
         averaged = max((self._heard[peer].progress.averaged for peer in self.members(version)), default=0)
-        return averaged + len(self.round_slots(version)) >= (version + 1) * size
+        return max(0, (version + 1) * size - averaged - len(self.round_slots(version)))
 
     def agreed_digest(self, version: int) -> bytes | None:
         """The state digest of the majority at `version`; of equals the least. None without replicas there."""
@@ -102,10 +106,6 @@ class StageProgress:
             if progress.version == version:
                 votes[progress.digest] = votes.get(progress.digest, 0) + 1
         return min(votes, key=lambda digest: (-votes[digest], digest)) if votes else None
-
-
-def covers_round(slots: Iterable[int], version: int, size: int) -> bool:
-    return set(range(version * size, (version + 1) * size)) <= set(slots)
 
 
 def open_slots(manifest: Manifest, version: int) -> range:

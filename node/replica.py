@@ -190,6 +190,11 @@ class Replica:
         self.rounds.news.set()
         return own
 
+    def is_round_ending(self) -> bool:
+        """Whether others soon have to act on what we report: the stage's round is three quarters full."""
+        version = self.rounds.version
+        return 4 * self.replicas.missing(version) <= self.manifest.batch.microbatches
+
     def check_waiting(self) -> None:
         """Say, once, when we begin or cease to wait for a stage that nobody serves: the next one, or the heads."""
         waiting_for = self._unserved_stage()

@@ -21,6 +21,7 @@ log = structlog.get_logger("node")
 REPORT_EVERY = 1.0
 ANNOUNCE_EVERY = 8.0
 _AT_MOST_EVERY = 0.05
+_UNHURRIED = 0.25
 _RATE_WINDOW = 10.0
 _MAX_LOSSES = 2048
 
@@ -36,15 +37,25 @@ class Reporter:
         self._done: list[tuple[float, int]] = []
 
     async def report_progress(self) -> None:
-        """Tell the stage how far we are: soon after a change, and once a second anyway."""
+        """Tell the stage how far we are: soon after a change that others act on, less often otherwise."""
         replica = self._replica
         topic = progress_topic(replica.run, replica.stage)
         while True:
-            own = replica.note_own_progress()
+            self._reported = own = replica.note_own_progress()
             with suppress(ProtocolError):  # What counts is said again soon.
                 await replica.host.publish(topic, wire.encode(own))
             await asyncio.sleep(_AT_MOST_EVERY)
             await wait_for(replica.progress_due, REPORT_EVERY)
+            # Every report costs every peer: signed, passed on, checked, read.
+            unhurried = monotonic() + _UNHURRIED
+            while not self._is_pressing() and (left := unhurried - monotonic()) > 0:
+                await wait_for(replica.progress_due, left)
+
+    def _is_pressing(self) -> bool:
+        """Whether a round waits for what we have to say: a new version or state, or the last microbatches."""
+        replica, last = self._replica, self._reported
+        is_new = (last.version, last.state) != (replica.rounds.version, replica.state)
+        return is_new or replica.is_round_ending()
 
     async def report_metrics(self) -> None:
         self._replica.pipeline.check_timeouts()

@@ -30,7 +30,9 @@ from protocol.reports import Metrics
 
 log = structlog.get_logger("node")
 
-_LOOK_EVERY = 2.0
+_LOOK_OFTEN = 2.0
+_LOOK_SELDOM = 10.0
+_SETTLING = 10.0
 _MEET_EVERY = 0.5
 _CHECKPOINT_EVERY = 30.0
 _LEAVE_WITHIN = 10.0
@@ -111,7 +113,7 @@ class Volunteer:
         )
         self._reporter = Reporter(replica, self._directory, self._identity, await host.addresses())
         await replica.start()
-        tasks.every(_LOOK_EVERY, self._look_around)
+        tasks.spawn(self._keep_looking())
         tasks.every(_MEET_EVERY, self._meet_neighbours)
         tasks.every(REPORT_EVERY, self._reporter.report_metrics)
         tasks.every(ANNOUNCE_EVERY, self._reporter.announce)
@@ -179,12 +181,23 @@ class Volunteer:
             return True  # For all we know.
         return any(peer != self.peer_id and record.state in _HOLDS_STATE for peer, record in records.items())
 
+    async def _keep_looking(self) -> None:
+        """Read who serves our own stage and those beside it: often at first and while a stage is missing, then seldom,
+        since who comes later dials us."""
+        began = monotonic()
+        while True:
+            try:
+                await self._look_around()
+            except (ProtocolError, OSError) as error:
+                log.warning("looking for neighbours will be tried again", reason=str(error))
+            is_settled = monotonic() - began > _SETTLING and self.replica.waiting_for < 0
+            await asyncio.sleep(_LOOK_SELDOM if is_settled else _LOOK_OFTEN)
+
     async def _look_around(self) -> None:
-        """Read who serves our own stage and the next one."""
         replica = self.replica
-        stages = [replica.stage] if replica.is_last else [replica.stage, replica.stage + 1]
+        last = replica.manifest.stages.count - 1
         found: dict[PeerId, StageRecord] = {}
-        for stage in stages:
+        for stage in range(max(0, replica.stage - 1), min(replica.stage + 1, last) + 1):
             found |= await self._directory.peers(stage)
         found.pop(self.peer_id, None)
         self._neighbours = found

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.progress import LIVE_FOR, StageProgress, covers_round, next_slot, still_settled
+from node.progress import LIVE_FOR, StageProgress, next_slot, still_settled
 from protocol.directory import PeerState
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import Identity, PeerId
@@ -62,10 +62,16 @@ def test_an_overlapped_round_ends_with_as_many_gradients() -> None:
 
 @given(st.sets(st.integers(0, 20)), st.integers(0, 4))
 @settings(max_examples=60)
-def test_covering_means_every_slot(slots: set[int], version: int) -> None:
-    assert covers_round(slots, version, M) == all(
-        slot in slots for slot in range(version * M, version * M + M)
+def test_a_synchronous_round_misses_each_of_its_slots(slots: set[int], version: int) -> None:
+    of_round = range(version * M, version * M + M)
+    assert stage(a=report(version, slots=slots)).missing(version) == sum(
+        slot not in slots for slot in of_round
     )
+
+
+def test_an_overlapped_round_misses_a_number_of_gradients() -> None:
+    assert stage("overlapped", a=report(slots=[0, 9]), b=report(slots=[5])).missing(0) == M - 3
+    assert stage("overlapped", a=report(slots=range(M + 3))).missing(0) == 0
 
 
 def test_a_replica_that_joins_or_left_has_no_part() -> None:
