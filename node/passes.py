@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from node.flights import Held, Outgoing
+from node.sabotage import Redo, Sabotage
 from node.trainer import Pass, StageTrainer
 from protocol.codec import TensorHeader, bytes_of, decode_tensor, digest, encode_tensor
 from protocol.errors import ProtocolError, Reason
 from protocol.manifest import Manifest
+from verifier.streams import Direction
 
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A forward pass: its graph, the output as it goes out, and the labels that go with it."""
+    """A forward pass: its graph, the output as it goes out (None if nothing does), and the labels that go with it."""
 
     graph: Pass
-    output: Outgoing
+    output: Outgoing | None
     labels: memoryview
     input_digest: bytes
 
@@ -48,6 +50,7 @@ class StagePasses:
         self.labels_size = batch.sequences * batch.context * 4
         self.slots: list[int] = []
         """Whose gradients the accumulator holds."""
+        self.sabotage: Sabotage | None = None
 
     @property
     def payload_size(self) -> int:
@@ -63,12 +66,12 @@ class StagePasses:
         if self.trainer.module.is_last:
             return self._tail(inputs, labels, slot, covered=False)
         own = bytes_of(labels.to(torch.int32))
-        return self._forward(inputs, own, digest(bytes_of(inputs.to(torch.int32))))
+        return self._forward(inputs, own, digest(bytes_of(inputs.to(torch.int32))), slot)
 
-    def forward(self, received: Held) -> Forwarded:
+    def forward(self, received: Held, slot: int) -> Forwarded:
         """Raises `ProtocolError` (wrong_digest or not_finite) for a payload that is not what its receipt says."""
         x = self._read(received)
-        return self._forward(x, received.payload[self.header.size :], received.digest)
+        return self._forward(x, received.payload[self.header.size :], received.digest, slot)
 
     def tail(self, received: Held, slot: int, *, covered: bool) -> Returned:
         """Forward, loss and backward on the last stage. `covered`: another replica has this slot's gradient."""
@@ -85,10 +88,19 @@ class StagePasses:
         if version - graph.version > 1:
             raise ProtocolError(Reason.STALE, f"version {graph.version} at {version}")
         accumulate = not covered and self._counts(slot, graph.version)
+        x = graph.inputs if self.sabotage else gradient
         result = self.trainer.backward(graph, gradient, accumulate=accumulate)
         if accumulate:
             self.slots.append(slot)
-        return Returned(None if result is None else self._outgoing(result), graph.version)
+        if result is None:
+            return Returned(None, graph.version)
+
+        def redo(ago: int) -> Tensor:
+            return self.trainer.redo(self._before(graph.version, ago), x, gradient)
+
+        return Returned(
+            self._send(Direction.GRADIENT, graph.version, slot, gradient, result, redo), graph.version
+        )
 
     def take_gradient(
         self, keep: Callable[[Tensor, tuple[int, ...]], None] = lambda gradient, slots: None
@@ -117,11 +129,42 @@ class StagePasses:
             raise ProtocolError(Reason.NOT_FINITE, str(error)) from None
         if accumulate:
             self.slots.append(slot)
-        return Returned(None if gradient is None else self._outgoing(gradient), version, loss)
+        if gradient is None:
+            return Returned(None, version, loss)
 
-    def _forward(self, x: Tensor, labels: memoryview, input_digest: bytes) -> Forwarded:
+        def redo(ago: int) -> Tensor:
+            return self.trainer.redo(self._before(version, ago), x, labels=labels)
+
+        return Returned(self._send(Direction.GRADIENT, version, slot, x, gradient, redo), version, loss)
+
+    def _forward(self, x: Tensor, labels: memoryview, input_digest: bytes, slot: int) -> Forwarded:
         graph = self.trainer.forward(x)
-        return Forwarded(graph, self._outgoing(graph.output, labels), labels, input_digest)
+        inputs = graph.output if self.trainer.module.is_first else x
+
+        def redo(ago: int) -> Tensor:
+            return self.trainer.redo(self._before(graph.version, ago), x)
+
+        sent = self._send(Direction.ACTIVATION, graph.version, slot, inputs, graph.output, redo, labels)
+        return Forwarded(graph, sent, labels, input_digest)
+
+    def _before(self, version: int, ago: int) -> int:
+        return max(version - ago, self.trainer.oldest)
+
+    def _send(
+        self,
+        direction: Direction,
+        version: int,
+        slot: int,
+        inputs: Tensor,
+        output: Tensor,
+        redo: Redo,
+        *more: memoryview,
+    ) -> Outgoing | None:
+        """The output as it goes out; of a testbed's attacker another one, or nothing."""
+        if self.sabotage is None:
+            return self._outgoing(output, *more)
+        sent = self.sabotage.send(direction, version, slot, inputs, output, redo)
+        return None if sent is None else self._outgoing(sent, *more)
 
     def _counts(self, slot: int, version: int) -> bool:
         """Whether a gradient made with `version` of the weights may still be used for this slot."""

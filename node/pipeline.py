@@ -261,7 +261,7 @@ class Pipeline:
         """The stage's work on an activation; on the tail all of it, loss and backward pass included."""
         passes, slot = self._passes, flight.id.slot
         if self._stage < self._manifest.stages.count - 1:
-            return self._compute.run(Urgency.FORWARD, passes.forward, flight.received)
+            return self._compute.run(Urgency.FORWARD, passes.forward, flight.received, slot)
         covered = slot in self._progress.covered()
         return self._compute.run(
             Urgency.BACKWARD, lambda: passes.tail(flight.received, slot, covered=covered)
@@ -282,6 +282,9 @@ class Pipeline:
         flight.version = result.graph.version
         if flight.previous is None:
             flight.received = Held(digest=result.input_digest)
+        if flight.output is None:  # A testbed's attacker that sends nothing.
+            self._end(flight)
+            return
         flight.phase = Phase.UNSENT
         self._unsent.append(flight)
         self._pump()

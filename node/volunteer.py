@@ -17,6 +17,7 @@ from node.head import Injector
 from node.placement import check_fits, choose_device, fitting_stages, least_served
 from node.replica import Limits, Replica
 from node.reporting import ANNOUNCE_EVERY, REPORT_EVERY, Reporter
+from node.sabotage import AttackConfig, Sabotage
 from node.tasks import TaskSet
 from node.transfer import Checkpoint
 from protocol.directory import Directory, PeerState, StageRecord
@@ -41,7 +42,7 @@ _HOLDS_STATE = (PeerState.SERVING, PeerState.WAITING, PeerState.FINISHED)
 
 @dataclass(frozen=True)
 class VolunteerConfig:
-    """`stage` None: the least served that fits."""
+    """`stage` None: the least served that fits. `attack` is for testbeds."""
 
     invite: Invite
     identity: Path
@@ -50,6 +51,7 @@ class VolunteerConfig:
     device: str = "auto"
     listen: Sequence[str] = DEFAULT_LISTEN
     limits: Limits = field(default_factory=Limits)
+    attack: AttackConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Volunteer:
         self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
         tasks.spawn(host.watch())
         signed = await fetch_manifest(host, config.invite)
+        if config.attack is not None and not signed.manifest.testbed:
+            raise UserError("This run is no testbed, so nobody may attack it", "Leave out --attack")
         stages = signed.manifest.stages.count
         self._directory = await Directory.join(host, signed.run, stages)
         stage = await self._choose_stage(signed.manifest)
@@ -106,6 +110,8 @@ class Volunteer:
         self._replica = replica = await Replica.build(
             signed, stage, self._identity, host, self._device, config.limits
         )
+        if config.attack is not None:
+            self._become_attacker(config.attack)
         self._reporter = Reporter(replica, self._directory, self._identity, await host.addresses())
         await replica.start()
         tasks.every(_LOOK_EVERY, self._meet_neighbours)
@@ -121,6 +127,12 @@ class Volunteer:
             tasks.spawn(Injector(replica, self._directory, corpus).run())
         await self._reporter.announce()
         log.info("serving", peer=self.peer_id, stage=stage, version=replica.rounds.version)
+
+    def _become_attacker(self, attack: AttackConfig) -> None:
+        passes = self.replica.passes
+        passes.sabotage = Sabotage(attack, self.replica.stage, self.peer_id, self.manifest.seed)
+        passes.trainer.memory = max(passes.trainer.memory, passes.sabotage.weight_memory)
+        log.warning("this node attacks the run, as it was told to", stage=self.replica.stage)
 
     async def _choose_stage(self, manifest: Manifest) -> int:
         wanted, count = self._config.stage, manifest.stages.count
