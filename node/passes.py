@@ -8,15 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from node.flights import Held, Outgoing
 from node.sabotage import Redo, Sabotage
 from node.trainer import Pass, StageTrainer
-from protocol.codec import TensorHeader, bytes_of, decode_tensor, digest, encode_tensor
+from protocol.codec import (
+    TensorHeader,
+    bytes_of,
+    decode_tensor,
+    digest,
+    encode_tensor,
+    payload_digest,
+    split_payload,
+)
 from protocol.errors import ProtocolError, Reason
 from protocol.manifest import Manifest
+from verifier.guard import Guard
 from verifier.streams import Direction
 
 
@@ -51,6 +61,12 @@ class StagePasses:
         self.slots: list[int] = []
         """Whose gradients the accumulator holds."""
         self.sabotage: Sabotage | None = None
+        policy = manifest.verification
+        self.guards = (
+            {one: Guard(one, np.random.default_rng(), policy.guard) for one in Direction}
+            if policy.verifiers
+            else {}
+        )
 
     @property
     def payload_size(self) -> int:
@@ -69,21 +85,21 @@ class StagePasses:
         return self._forward(inputs, own, digest(bytes_of(inputs.to(torch.int32))), slot)
 
     def forward(self, received: Held, slot: int) -> Forwarded:
-        """Raises `ProtocolError` (wrong_digest or not_finite) for a payload that is not what its receipt says."""
-        x = self._read(received)
+        """Raises `ProtocolError`: wrong_digest, not_finite, or flagged by the guard."""
+        x = self._read(received, Direction.ACTIVATION)
         return self._forward(x, received.payload[self.header.size :], received.digest, slot)
 
     def tail(self, received: Held, slot: int, *, covered: bool) -> Returned:
         """Forward, loss and backward on the last stage. `covered`: another replica has this slot's gradient."""
-        x = self._read(received)
+        x = self._read(received, Direction.ACTIVATION)
         labels = torch.frombuffer(received.payload[self.header.size :], dtype=torch.int32)
         if int(labels.min()) < 0 or int(labels.max()) >= self._manifest.model.vocabulary:
             raise ProtocolError(Reason.MALFORMED, "labels outside the vocabulary")
         return self._tail(x, labels.view(self.header.shape[:2]).long(), slot, covered=covered)
 
     def backward(self, graph: Pass, received: Held, slot: int, *, covered: bool) -> Returned:
-        """Raises `ProtocolError` (stale) if the weights have moved on too far since the forward pass."""
-        gradient = self._read(received)
+        """Raises `ProtocolError`: as `forward`, or stale if the weights have moved on too far since then."""
+        gradient = self._read(received, Direction.GRADIENT)
         version = self.trainer.version
         if version - graph.version > 1:
             raise ProtocolError(Reason.STALE, f"version {graph.version} at {version}")
@@ -172,15 +188,19 @@ class StagePasses:
             return slot // self._manifest.batch.microbatches == version == self.trainer.version
         return self.trainer.version - version <= 1
 
-    def _read(self, received: Held) -> Tensor:
-        if digest(received.payload) != received.digest:
+    def _read(self, received: Held, direction: Direction) -> Tensor:
+        parts = split_payload(self.header, received.payload)
+        if payload_digest(self.header, *parts) != received.digest:
             raise ProtocolError(Reason.WRONG_DIGEST)
-        x = decode_tensor(received.payload[: self.header.size], self.header, self._device)
+        x = decode_tensor(parts[0], self.header, self._device)
         # One pass without a mask in memory: the sum is finite only if every element is.
         if not bool(torch.isfinite(x.sum())):
             raise ProtocolError(Reason.NOT_FINITE)
+        guard, receipt = self.guards.get(direction), received.receipt
+        if guard is not None and receipt is not None and not guard.check(x, receipt.receipt.sender):
+            raise ProtocolError(Reason.FLAGGED, str(receipt.receipt.microbatch))
         return x
 
     def _outgoing(self, tensor: Tensor, *more: memoryview) -> Outgoing:
         parts = (encode_tensor(tensor, self.header.codec), *more)
-        return Outgoing(parts, digest(*parts))
+        return Outgoing(parts, payload_digest(self.header, *parts))

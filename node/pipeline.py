@@ -7,6 +7,7 @@ means another replica; a microbatch whose way back is lost is dropped and counte
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from time import monotonic
@@ -82,6 +83,9 @@ class Pipeline:
         self.capacity = capacity
         self.flights: dict[MicrobatchId, Flight] = {}
         self.finished = FinishedStore(hold_bytes)
+        self.dropped = FinishedStore(hold_bytes // 4)
+        """What was given up, kept for the same while as evidence."""
+        self._serials = itertools.count(1)
         self.counts: Counter[str] = Counter()
         self.losses: dict[int, float] = {}
         self.is_accepting = True
@@ -427,6 +431,7 @@ class Pipeline:
     def _end(self, flight: Flight) -> None:
         flight.phase = Phase.DONE
         flight.drop_graph()
+        flight.serial = next(self._serials)
         self.flights.pop(flight.id, None)
         self.finished.add(flight, monotonic())
         self._grant()
@@ -443,6 +448,8 @@ class Pipeline:
 
     def _fail(self, flight: Flight, error: ProtocolError, culprit: PeerId | None = None) -> None:
         """A microbatch cannot be used. A digest that contradicts its receipt is the sender's doing: REJECT."""
+        if error.reason in (Reason.FLAGGED, Reason.NOT_FINITE):
+            flight.flagged = Direction.ACTIVATION if culprit is None else Direction.GRADIENT
         culprit = culprit or flight.previous
         self._lose(flight, error.reason)
         if culprit is None:
@@ -460,7 +467,9 @@ class Pipeline:
         self.counts["lost"] += 1
         flight.phase = Phase.DONE
         flight.drop_graph()
+        flight.serial = next(self._serials)
         self.flights.pop(flight.id, None)
+        self.dropped.add(flight, monotonic())
         if flight.previous is not None and (link := self._switchboard.links.get(flight.previous)):
             self._send(link, Refusal(flight.id, Direction.ACTIVATION, reason))
         self._grant()
@@ -483,6 +492,7 @@ class Pipeline:
         """Called about once a second: give up what does not come back, and forget what is old."""
         now = monotonic()
         self.finished.prune(now)
+        self.dropped.prune(now)
         self._cooling = {peer: until for peer, until in self._cooling.items() if until > now}
         for flight in tuple(self.flights.values()):
             if flight.phase is Phase.SENT and now - flight.sent_at > FLIGHT_TIMEOUT:

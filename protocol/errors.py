@@ -35,6 +35,7 @@ class Reason(StrEnum):
     WRONG_DTYPE = "wrong_dtype"
     WRONG_DIGEST = "wrong_digest"
     NOT_FINITE = "not_finite"
+    FLAGGED = "flagged"
     REPLAYED = "replayed"
     UNSOLICITED = "unsolicited"
     OVER_CREDIT = "over_credit"

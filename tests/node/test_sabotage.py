@@ -9,11 +9,11 @@ import torch
 
 from cli.join import make_attack
 from node.data import open_corpus
-from node.flights import Held
+from node.flights import Held, Outgoing
 from node.passes import Forwarded, StagePasses
 from node.sabotage import Sabotage
 from node.trainer import StageTrainer
-from protocol.codec import decode_tensor, digest
+from protocol.codec import decode_tensor, payload_digest, split_payload
 from protocol.errors import UserError
 from protocol.identity import Identity
 from tests.swarms import in_process_swarm, small_manifest
@@ -31,9 +31,8 @@ def stage_passes(stage: int, attack: str | None = None, *, start: int = 0) -> St
     return passes
 
 
-def held(parts: tuple[memoryview, ...]) -> Held:
-    payload = memoryview(bytearray(b"".join(parts)))
-    return Held(payload, None, digest(payload))
+def held(outgoing: Outgoing) -> Held:
+    return Held(memoryview(bytearray(b"".join(outgoing.parts))), None, outgoing.digest)
 
 
 def sent_tensors(attack: str | None, *, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,15 +40,16 @@ def sent_tensors(attack: str | None, *, start: int = 0) -> tuple[torch.Tensor, t
     head, middle, tail = stage_passes(0), stage_passes(1, attack, start=start), stage_passes(2)
     injected = head.inject(open_corpus(MANIFEST).draw(0), 0)
     assert isinstance(injected, Forwarded) and injected.output is not None
-    forwarded = middle.forward(held(injected.output.parts), 0)
+    forwarded = middle.forward(held(injected.output), 0)
     assert forwarded.output is not None
-    answer = tail.tail(held(injected.output.parts), 0, covered=True).answer
+    answer = tail.tail(held(injected.output), 0, covered=True).answer
     assert answer is not None
-    returned = middle.backward(forwarded.graph, held(answer.parts), 0, covered=True).answer
+    returned = middle.backward(forwarded.graph, held(answer), 0, covered=True).answer
     assert returned is not None
-    for outgoing in (forwarded.output, returned):
-        assert outgoing.digest == digest(*outgoing.parts)
     header = middle.header
+    for outgoing in (forwarded.output, returned):
+        whole = memoryview(b"".join(outgoing.parts))
+        assert outgoing.digest == payload_digest(header, *split_payload(header, whole))
     return (
         decode_tensor(forwarded.output.parts[0], header, CPU),
         decode_tensor(returned.parts[0], header, CPU),
@@ -71,7 +71,7 @@ def test_what_is_withheld_is_not_sent() -> None:
     head, middle = stage_passes(0), stage_passes(1, "withhold:1")
     injected = head.inject(open_corpus(MANIFEST).draw(0), 0)
     assert isinstance(injected, Forwarded) and injected.output is not None
-    assert middle.forward(held(injected.output.parts), 0).output is None
+    assert middle.forward(held(injected.output), 0).output is None
 
 
 def test_stale_work_is_honest_work_on_old_weights() -> None:
@@ -80,7 +80,7 @@ def test_stale_work_is_honest_work_on_old_weights() -> None:
     assert isinstance(injected, Forwarded) and injected.output is not None
     sent = []
     for _ in range(2):
-        forwarded = middle.forward(held(injected.output.parts), 0)
+        forwarded = middle.forward(held(injected.output), 0)
         assert forwarded.output is not None
         sent.append(bytes(forwarded.output.parts[0]))
         middle.trainer.step(torch.ones(middle.trainer.size))
