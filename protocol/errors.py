@@ -41,6 +41,7 @@ class Reason(StrEnum):
     OVER_CREDIT = "over_credit"
     NOT_READING = "not_reading"
     SHUT_OUT = "shut_out"
+    BANNED = "banned"
     EXPIRED = "expired"
     STALE = "stale"
     TOO_EARLY = "too_early"
