@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Final
 
 from protocol import wire
@@ -19,6 +20,7 @@ from protocol.votes import (
     Contradiction,
     Electorate,
     SignedVote,
+    Statement,
     Verdict,
     Vote,
     check_contradiction,
@@ -31,6 +33,9 @@ MAX_SUBJECTS: Final = 1024
 """Peers that one verifier may vote on at a time; its votes on more are refused as busy."""
 MAX_HISTORY: Final = 32
 """Unexpired statements of one verifier on one subject that are kept, to hold a later contradiction against."""
+
+VoteKey = tuple[str, str, int]
+"""Verifier, subject, sequence: what a vote is held under, and the order in which a set is told."""
 
 OnVerdict = Callable[[PeerId, Verdict, Verdict], None]
 """`(subject, before, after)`, called as soon as the quorum's verdict on a peer has changed."""
@@ -51,6 +56,9 @@ class VoteSet:
         self._verdicts: dict[PeerId, Verdict] = {}
         self._listeners: list[OnVerdict] = []
         self._now = 0.0
+        self._digest: bytes | None = None
+        self.revision = 0
+        """Counts the changes."""
 
     # --- what it amounts to ---
 
@@ -99,6 +107,12 @@ class VoteSet:
         self._listeners.append(on_verdict)
 
     # --- what changes it ---
+
+    def take(self, statement: Statement, now: float) -> bool:
+        """`add` or `add_contradiction`, as may be."""
+        if isinstance(statement, Contradiction):
+            return self.add_contradiction(statement)
+        return self.add(statement, now)
 
     def add(self, signed: SignedVote, now: float) -> bool:
         """Take one vote from anywhere. True if the set changed. Raises `ProtocolError` for one that is not taken.
@@ -179,6 +193,7 @@ class VoteSet:
             for subject, history in tuple(subjects.items()):
                 for sequence in [key for key, one in history.items() if one.vote.expires <= self._now]:
                     del history[sequence]
+                    self._note_change()
                 if not history:
                     del subjects[subject]
         for subject in self.subjects() | set(self._verdicts):
@@ -193,10 +208,17 @@ class VoteSet:
                 for _, signed in sorted(history.items()):
                     yield signed
 
+    def page(self, after: VoteKey, limit: int) -> tuple[SignedVote, ...]:
+        """The first `limit` votes whose key is greater than `after`."""
+        return tuple(islice((signed for signed in self.votes() if key_of(signed.vote) > after), limit))
+
     def digest(self) -> bytes:
         """Equal for sets that hold the same votes and exclude the same verifiers (by whatever proof)."""
-        votes = digest(*(wire.encode(signed.vote) for signed in self.votes()))
-        return digest(votes, *(verifier.encode() for verifier in sorted(self.contradictions)))
+        if self._digest is None:
+            votes = digest(*(wire.encode(signed.vote) for signed in self.votes()))
+            excluded = (verifier.encode() for verifier in sorted(self.contradictions))
+            self._digest = digest(votes, *excluded)
+        return self._digest
 
     # --- inside ---
 
@@ -217,6 +239,7 @@ class VoteSet:
                 self._exclude(Contradiction(*sorted((held, signed), key=wire.encode)))
                 return True
         history[signed.vote.sequence] = signed
+        self._note_change()
         if len(history) > MAX_HISTORY:
             oldest = min(history)
             del history[oldest]
@@ -227,8 +250,13 @@ class VoteSet:
 
     def _exclude(self, evidence: Contradiction) -> None:
         self.contradictions[evidence.verifier] = evidence
+        self._note_change()
         for subject in self._held.pop(evidence.verifier, {}):
             self._settle(subject)
+
+    def _note_change(self) -> None:
+        self._digest = None
+        self.revision += 1
 
     def _settle(self, subject: PeerId) -> None:
         """Work out the verdict anew, and tell of a change."""
@@ -242,6 +270,10 @@ class VoteSet:
             self._verdicts[subject] = after
         for tell in self._listeners:
             tell(subject, before, after)
+
+
+def key_of(vote: Vote) -> VoteKey:
+    return vote.verifier, vote.subject, vote.sequence
 
 
 def _latest(history: _History) -> SignedVote | None:

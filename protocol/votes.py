@@ -183,5 +183,18 @@ def check_contradiction(evidence: Contradiction, electorate: Electorate) -> None
         check_statement(signed, electorate)
 
 
+Statement = SignedVote | Contradiction
+"""What is told of votes, and checked on arrival."""
+MAX_BUNDLE: Final = 512
+MAX_CONTRADICTIONS: Final = 64
+
+
+class VoteBundle(wire.Message, frozen=True):
+    """Statements on their way: news by gossip, or a page of a set. The last page has less than `MAX_BUNDLE` votes."""
+
+    votes: Annotated[tuple[SignedVote, ...], msgspec.Meta(max_length=MAX_BUNDLE)] = ()
+    contradictions: Annotated[tuple[Contradiction, ...], msgspec.Meta(max_length=MAX_CONTRADICTIONS)] = ()
+
+
 def votes_topic(run: bytes) -> str:
     return f"{run.hex()}/votes"
