@@ -17,7 +17,7 @@ NOW = 1_000_000
 ELECTORATE = Electorate(RUN, frozenset(one.peer_id for one in VERIFIERS), quorum=2, term=TERM)
 
 
-def make_vote(verifier: Identity = VERIFIERS[0], subject: PeerId = PEERS[0], **changes: Any) -> Vote:
+def make_vote(verifier: Identity = VERIFIERS[0], subject: PeerId = PEERS[0], /, **changes: Any) -> Vote:
     content: dict[str, Any] = {
         "run": RUN, "verifier": verifier.peer_id, "subject": subject, "stage": 1, "verdict": Verdict.BANNED,
         "cause": Cause.EVIDENCE, "text": "its outputs do not follow from its inputs", "evidence": b"e" * 32,
@@ -26,7 +26,9 @@ def make_vote(verifier: Identity = VERIFIERS[0], subject: PeerId = PEERS[0], **c
     return Vote(**{**content, **changes})
 
 
-def signed_vote(verifier: Identity = VERIFIERS[0], subject: PeerId = PEERS[0], **changes: Any) -> SignedVote:
+def signed_vote(
+    verifier: Identity = VERIFIERS[0], subject: PeerId = PEERS[0], /, **changes: Any
+) -> SignedVote:
     return SignedVote.sign(make_vote(verifier, subject, **changes), verifier)
 
 
