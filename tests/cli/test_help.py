@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import Invoke
 
-COMMANDS = ["init", "bootstrap", "join", "peers", "demo", "simulate", "experiment"]
+COMMANDS = ["init", "bootstrap", "join", "peers", "bans", "demo", "simulate", "experiment"]
 
 
 @pytest.mark.parametrize("width", [80, 120])
