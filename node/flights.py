@@ -67,6 +67,8 @@ class Flight:
     output: Outgoing | None = None
     answer: Outgoing | None = None
     answer_version: int = 0
+    state: bytes = b""
+    """Which weights the work was done with."""
     graph: Pass | None = None
     version: int = 0
     next: PeerId | None = None

@@ -5,8 +5,11 @@ Everything here runs on the compute thread, so the slots counted and the gradien
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
+from time import thread_time
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from protocol.codec import (
 )
 from protocol.errors import ProtocolError, Reason
 from protocol.manifest import Manifest
+from protocol.samples import STATE_BYTES
 from verifier.guard import Guard
 from verifier.streams import Direction
 
@@ -47,6 +51,7 @@ class Returned:
     answer: Outgoing | None
     version: int
     loss: float | None = None
+    state: bytes = b""
 
 
 class StagePasses:
@@ -67,6 +72,19 @@ class StagePasses:
             if policy.verifiers
             else {}
         )
+        self.guard_seconds = 0.0
+        self._states: OrderedDict[int, bytes] = OrderedDict()
+
+    def note_state(self, digest: bytes) -> None:
+        """The weights have changed, and this is now the digest of the full state. On the compute thread."""
+        self._states.pop(self.trainer.version, None)
+        self._states[self.trainer.version] = digest[:STATE_BYTES]
+        while len(self._states) > self.trainer.memory + 1:
+            self._states.popitem(last=False)
+
+    def state_of(self, version: int) -> bytes:
+        """Which weights a version was; empty if that is not known any more."""
+        return self._states.get(version, b"")
 
     @property
     def payload_size(self) -> int:
@@ -92,10 +110,8 @@ class StagePasses:
     def tail(self, received: Held, slot: int, *, covered: bool) -> Returned:
         """Forward, loss and backward on the last stage. `covered`: another replica has this slot's gradient."""
         x = self._read(received, Direction.ACTIVATION)
-        labels = torch.frombuffer(received.payload[self.header.size :], dtype=torch.int32)
-        if int(labels.min()) < 0 or int(labels.max()) >= self._manifest.model.vocabulary:
-            raise ProtocolError(Reason.MALFORMED, "labels outside the vocabulary")
-        return self._tail(x, labels.view(self.header.shape[:2]).long(), slot, covered=covered)
+        labels = self._labels(received.payload[self.header.size :], self.header.shape[:2])
+        return self._tail(x, labels, slot, covered=covered)
 
     def backward(self, graph: Pass, received: Held, slot: int, *, covered: bool) -> Returned:
         """Raises `ProtocolError`: as `forward`, or stale if the weights have moved on too far since then."""
@@ -118,6 +134,45 @@ class StagePasses:
             self._send(Direction.GRADIENT, graph.version, slot, gradient, result, redo), graph.version
         )
 
+    @property
+    def redo_limit(self) -> int:
+        """The most bytes that one sequence's pass can be made of."""
+        return 2 * self.header.size // self.header.shape[0]
+
+    def redo(
+        self, direction: Direction, version: int, inputs: memoryview, tokens: Tensor | None, sequence: int
+    ) -> memoryview:
+        """One sequence's pass again, with the weights of `version`: the activation or the gradient, as it would go out.
+
+        `inputs`: see `protocol.samples.Redo`; `tokens` (sequences, context + 1): a head's, for its activation. Raises
+        `ProtocolError`: malformed, or expired for a version whose weights are not kept.
+        """
+        try:
+            return self._redo(direction, version, inputs, tokens, sequence)
+        except ValueError as error:
+            raise ProtocolError(Reason.EXPIRED, str(error)) from None
+
+    def _redo(
+        self, direction: Direction, version: int, inputs: memoryview, tokens: Tensor | None, sequence: int
+    ) -> memoryview:
+        count, *shape = self.header.shape
+        header = TensorHeader(self.header.codec, (1, *shape))
+        if tokens is not None:
+            if sequence >= count:
+                raise ProtocolError(Reason.MALFORMED, f"sequence {sequence}")
+            made = self.trainer.redo(version, tokens[sequence : sequence + 1, :-1].contiguous())
+            return encode_tensor(made, self.header.codec)
+        x = decode_tensor(inputs[: header.size], header, self._device)
+        more = inputs[header.size :]
+        if direction is Direction.ACTIVATION:
+            made = self.trainer.redo(version, x)
+        elif self.trainer.module.is_last:
+            # The loss is a mean over all sequences, of which this is one.
+            made = self.trainer.redo(version, x, labels=self._labels(more, (1, shape[0]))) / count
+        else:
+            made = self.trainer.redo(version, x, decode_tensor(more, header, self._device))
+        return encode_tensor(made, self.header.codec)
+
     def take_gradient(
         self, keep: Callable[[Tensor, tuple[int, ...]], None] = lambda gradient, slots: None
     ) -> None:
@@ -136,6 +191,15 @@ class StagePasses:
         self.trainer.load_state(version, chunks)
         self.slots = []
 
+    def _labels(self, payload: memoryview, shape: tuple[int, ...]) -> Tensor:
+        """Raises `ProtocolError` (malformed) for another size, and for labels outside the vocabulary."""
+        if len(payload) != 4 * prod(shape):
+            raise ProtocolError(Reason.MALFORMED, f"{len(payload)} bytes of labels")
+        labels = torch.frombuffer(payload, dtype=torch.int32)
+        if int(labels.min()) < 0 or int(labels.max()) >= self._manifest.model.vocabulary:
+            raise ProtocolError(Reason.MALFORMED, "labels outside the vocabulary")
+        return labels.view(shape).long()
+
     def _tail(self, x: Tensor, labels: Tensor, slot: int, *, covered: bool) -> Returned:
         version = self.trainer.version
         accumulate = not covered and self._counts(slot, version)
@@ -146,15 +210,17 @@ class StagePasses:
         if accumulate:
             self.slots.append(slot)
         if gradient is None:
-            return Returned(None, version, loss)
+            return Returned(None, version, loss, self.state_of(version))
 
         def redo(ago: int) -> Tensor:
             return self.trainer.redo(self._before(version, ago), x, labels=labels)
 
-        return Returned(self._send(Direction.GRADIENT, version, slot, x, gradient, redo), version, loss)
+        sent = self._send(Direction.GRADIENT, version, slot, x, gradient, redo)
+        return Returned(sent, version, loss, self.state_of(version))
 
     def _forward(self, x: Tensor, labels: memoryview, input_digest: bytes, slot: int) -> Forwarded:
         graph = self.trainer.forward(x)
+        graph.state = self.state_of(graph.version)
         inputs = graph.output if self.trainer.module.is_first else x
 
         def redo(ago: int) -> Tensor:
@@ -196,10 +262,19 @@ class StagePasses:
         # One pass without a mask in memory: the sum is finite only if every element is.
         if not bool(torch.isfinite(x.sum())):
             raise ProtocolError(Reason.NOT_FINITE)
-        guard, receipt = self.guards.get(direction), received.receipt
-        if guard is not None and receipt is not None and not guard.check(x, receipt.receipt.sender):
-            raise ProtocolError(Reason.FLAGGED, str(receipt.receipt.microbatch))
+        self._ask_guard(x, received, direction)
         return x
+
+    def _ask_guard(self, x: Tensor, received: Held, direction: Direction) -> None:
+        """Raises `ProtocolError` (flagged)."""
+        guard, signed = self.guards.get(direction), received.receipt
+        if guard is None or signed is None:
+            return
+        began = thread_time()
+        passes = guard.check(x, signed.receipt.sender)
+        self.guard_seconds += thread_time() - began
+        if not passes:
+            raise ProtocolError(Reason.FLAGGED, str(signed.receipt.microbatch))
 
     def _outgoing(self, tensor: Tensor, *more: memoryview) -> Outgoing:
         parts = (encode_tensor(tensor, self.header.codec), *more)

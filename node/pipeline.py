@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from time import monotonic
 from typing import Any
 
@@ -29,12 +29,15 @@ from protocol.manifest import Manifest
 from protocol.messages import Activation, Credit, Gradient, Refusal
 from protocol.receipts import Direction, MicrobatchId, Receipt, SignedReceipt
 from protocol.streams import MAX_BACKLOG
+from protocol.votes import Verdict
 
 log = structlog.get_logger("pipeline")
 
 FLIGHT_TIMEOUT = 60.0
 """Seconds after which a microbatch that was sent on and did not come back is given up."""
 COOL_DOWN = 1.0
+_SUSPECTS_BURDEN = 4.0
+"""A suspect gets a quarter of the work that it would get otherwise."""
 _MAX_EARLY_ROUNDS = 2
 _MAX_GRANT = 1024
 _MAX_CREDIT = 4096
@@ -89,6 +92,8 @@ class Pipeline:
         self.counts: Counter[str] = Counter()
         self.losses: dict[int, float] = {}
         self.is_accepting = True
+        self.verdicts: Mapping[PeerId, Verdict] = {}
+        """What the verifiers' quorum holds of the peers that are not in good standing."""
         self._failed = asyncio.Event()
         self._error: BaseException | None = None
 
@@ -137,7 +142,8 @@ class Pipeline:
         held = Counter(flight.previous for flight in self.flights.values())
         window = max(1, self.capacity // len(self._unused))
         total = sum(self._unused.values()) + held.total() - held[None]
-        for peer, unused in self._unused.items():
+        for peer in self._outside_quarantine(self._unused):
+            unused = self._unused[peer]
             outstanding = unused + held[peer]
             amount = min(window - outstanding, max(self.capacity - total, 1 - outstanding))
             amount = min(amount, self.capacity + MAX_LINKS - total, _MAX_GRANT)
@@ -283,7 +289,7 @@ class Pipeline:
             self._finish(flight, result)
             return
         flight.graph, flight.output, flight.labels = result.graph, result.output, result.labels
-        flight.version = result.graph.version
+        flight.version, flight.state = result.graph.version, result.graph.state
         if flight.previous is None:
             flight.received = Held(digest=result.input_digest)
         if flight.output is None:  # A testbed's attacker that sends nothing.
@@ -317,7 +323,7 @@ class Pipeline:
                 and self._cooling.get(peer, 0.0) <= now
                 and self._switchboard.links[peer].backlog <= _MAX_BACKLOG
             ]
-            chosen = self._router.choose(ready)
+            chosen = self._choose(ready)
             if chosen is None:
                 break
             self._send_on(self._unsent.popleft(), chosen)
@@ -327,6 +333,27 @@ class Pipeline:
                 self._lose(flight, Reason.LEAVING)
         self._on_change()
 
+    def _choose(self, ready: Collection[PeerId]) -> PeerId | None:
+        """By throughput; a suspect less often, and who is in quarantine only where there is nobody else."""
+        usable = self._outside_quarantine(ready)
+        suspects = {peer: _SUSPECTS_BURDEN for peer in usable if peer in self.verdicts}
+        return self._router.choose(usable, suspects)
+
+    def _outside_quarantine(self, peers: Collection[PeerId]) -> Collection[PeerId]:
+        outside = [peer for peer in peers if self.verdicts.get(peer) is not Verdict.QUARANTINED]
+        return outside or peers
+
+    def on_standing(self) -> None:
+        """Somebody is suspected, or not any more: credit and routes may change."""
+        self._grant()
+        self._pump()
+
+    def on_ban(self, peer: PeerId) -> None:
+        """What a banned peer sent is not worked on. What it was sent goes to others when its link goes down."""
+        for flight in tuple(self.flights.values()):
+            if flight.previous == peer:
+                self._lose(flight, Reason.BANNED)
+
     def _send_on(self, flight: Flight, peer: PeerId) -> None:
         output = flight.output
         assert output is not None
@@ -334,6 +361,7 @@ class Pipeline:
             flight, Direction.ACTIVATION, flight.version, flight.received.digest, output, peer
         )
         self._credit[peer] -= 1
+        self.counts["to_banned"] += self.verdicts.get(peer) is Verdict.BANNED
         flight.phase, flight.next, flight.sent_at = Phase.SENT, peer, monotonic()
         flight.queue_at_send = 1 + sum(1 for one in self.flights.values() if one.next == peer)
         link = self._switchboard.links[peer]
@@ -410,6 +438,7 @@ class Pipeline:
         if result.loss is not None:
             self.losses.setdefault(flight.id.slot, result.loss)  # Of a later attempt: later weights.
         flight.answer, flight.answer_version = result.answer, result.version
+        flight.state = flight.state or result.state
         self._end(flight)
         self._answer(flight)
 

@@ -29,6 +29,7 @@ class Pass:
 
     def __init__(self, x: Tensor, output: Tensor, leaves: list[Tensor], version: int) -> None:
         self.version = version
+        self.state = b""
         self.output = _to_host(output.detach())
         self._x: Tensor | None = x
         self._graph: Tensor | None = output

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 import structlog
 
+from node.bans import explain_ban
 from node.compute import Urgency
 from node.data import open_corpus
 from node.head import Injector
@@ -21,7 +22,7 @@ from node.sabotage import AttackConfig, Sabotage
 from node.tasks import TaskSet
 from node.transfer import Checkpoint
 from protocol.directory import Directory, PeerState, StageRecord
-from protocol.errors import ProtocolError, UserError
+from protocol.errors import BannedError, ProtocolError, UserError
 from protocol.host import DEFAULT_LISTEN, Host
 from protocol.identity import Identity, PeerId
 from protocol.introduction import fetch_manifest
@@ -108,12 +109,23 @@ class Volunteer:
             await asyncio.to_thread(open_corpus, signed.manifest, config.cache_dir) if stage == 0 else None
         )
         self._replica = replica = await Replica.build(
-            signed, stage, self._identity, host, self._device, config.limits
+            signed,
+            stage,
+            self._identity,
+            host,
+            self._device,
+            config.limits,
+            seeds=config.invite.seeds,
+            votes_path=config.cache_dir / signed.run.hex()[:16] / f"{self.peer_id}.votes",
         )
         if config.attack is not None:
             self._become_attacker(config.attack)
         self._reporter = Reporter(replica, self._directory, self._identity, await host.addresses())
         await replica.start()
+        if replica.is_banned.is_set():
+            raise self._ban()
+        tasks.spawn(self._watch_for_ban())
+        tasks.spawn(replica.ballots.run())
         tasks.every(_LOOK_EVERY, self._meet_neighbours)
         tasks.every(REPORT_EVERY, self._reporter.report_metrics)
         tasks.every(ANNOUNCE_EVERY, self._reporter.announce)
@@ -124,9 +136,19 @@ class Volunteer:
         tasks.spawn(replica.pipeline.watch())
         tasks.every(_CHECKPOINT_EVERY, self._save_checkpoint)
         if corpus is not None:
-            tasks.spawn(Injector(replica, self._directory, corpus).run())
+            injector = Injector(replica, self._directory, corpus)
+            replica.witness.draw = injector.draw
+            tasks.spawn(injector.run())
         await self._reporter.announce()
         log.info("serving", peer=self.peer_id, stage=stage, version=replica.rounds.version)
+
+    async def _watch_for_ban(self) -> None:
+        """Until cancelled. Raises `BannedError` when we are banned."""
+        await self.replica.is_banned.wait()
+        raise self._ban()
+
+    def _ban(self) -> BannedError:
+        return BannedError(explain_ban(self.peer_id, self.replica.votes.bans(time()).get(self.peer_id, {})))
 
     def _become_attacker(self, attack: AttackConfig) -> None:
         passes = self.replica.passes

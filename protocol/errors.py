@@ -21,6 +21,10 @@ class UserError(SentinelError):
         self.remedy = remedy
 
 
+class BannedError(SentinelError):
+    """This peer is banned from the run: the CLI prints it as one line and exits with code 3."""
+
+
 class Reason(StrEnum):
     """Why a message was refused. These are the counters' names in logs and metrics and go on the wire as they are."""
 
