@@ -68,7 +68,8 @@ class Ballots:
     async def start(self) -> None:
         """Read what is on disk, and listen from now on."""
         if self._path is not None:
-            await asyncio.to_thread(vote_file.load, self.votes, self._path, self._clock())
+            # Here, not on a thread: who obeys the set is told of every ban in it, on the loop.
+            vote_file.load(self.votes, self._path, self._clock())
             self._saved = self.votes.revision
         host = self._switchboard.host
         await host.subscribe(votes_topic(self._switchboard.run), self._hear)

@@ -218,7 +218,9 @@ async def test_a_peer_that_was_away_knows_its_bans_and_learns_the_new_ones(
         ban(away.votes, PEERS[1], VERIFIERS[:2], time.time())
         await until(path.exists)
         await board_of(away).stop()
-        again = Ballots(await peers.board(2), VoteSet(peers.electorate), path=path)
+        board = await peers.board(2)
+        again = Ballots(board, VoteSet(peers.electorate), path=path)
+        board.obey(again.votes)
         await again.start()
         assert again.votes.is_banned(PEERS[1]), "before anybody is asked"
         ban(staying.votes, VICTIM, VERIFIERS[:2], time.time())
