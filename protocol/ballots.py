@@ -59,7 +59,10 @@ class Ballots:
     ) -> None:
         self.votes = votes
         self.changed = asyncio.Event()
-        self._switchboard, self._seeds, self._path, self._clock = switchboard, tuple(seeds), path, clock
+        self._switchboard, self._path, self._clock = switchboard, path, clock
+        self._seed_ids: dict[PeerId, list[str]] = {}
+        for seed in seeds:
+            self._seed_ids.setdefault(PeerId(seed.rpartition("/p2p/")[2]), []).append(seed)
         self._saved = 0
         self._compared: WeakKeyDictionary[Link, float] = WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -166,17 +169,17 @@ class Ballots:
 
         To be awaited before anything is routed. Of several: one alone could keep a ban from us.
         """
-        targets = {PeerId(seed.rpartition("/p2p/")[2]): [seed] for seed in self._seeds}
+        targets = {peer: list(addresses) for peer, addresses in self._seed_ids.items()}
         targets |= {peer: list(addresses) for peer, addresses in peers}
         targets.pop(self._switchboard.host.peer_id, None)
         answered = await asyncio.gather(*(self._visit(peer, known) for peer, known in targets.items()))
         return sum(answered)
 
     async def _visit(self, peer: PeerId, addresses: Sequence[str]) -> bool:
-        had_link = peer in self._switchboard.links
+        is_brief = peer in self._seed_ids and peer not in self._switchboard.links
         try:
             link = await self._switchboard.connect(peer, addresses)
-            if not had_link and link.stage < 0:
+            if is_brief:
                 # Seeds have room for so many links; ours stays for as long as they may ask back.
                 asyncio.get_running_loop().call_later(_LINGER, link.close)
             await self._ask(link)
@@ -188,9 +191,9 @@ class Ballots:
     async def _compare(self, turn: int) -> None:
         """With a random neighbour, now and then with a seed, where those meet that have no neighbour in common."""
         links = [link for link in self._switchboard.links.values() if link.is_up]
-        if self._seeds and (not links or turn % _SEED_EVERY == 0):
-            seed = random.choice(self._seeds)
-            await self._visit(PeerId(seed.rpartition("/p2p/")[2]), [seed])
+        if self._seed_ids and (not links or turn % _SEED_EVERY == 0):
+            seed = random.choice(tuple(self._seed_ids))
+            await self._visit(seed, self._seed_ids[seed])
         elif links:
             await self._ask_back(random.choice(links))
 

@@ -7,7 +7,6 @@ The set holds no clock: `now` is Unix time in seconds, given by the caller.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from itertools import islice
 from typing import Final
 
@@ -127,7 +126,7 @@ class VoteSet:
             raise ProtocolError(Reason.SHUT_OUT, f"{verifier} contradicted itself")
         check_current(signed.vote, now)
         check_statement(signed, self.electorate)
-        self._now = max(self._now, now)
+        self._now = now
         return self._insert(signed)
 
     def add_contradiction(self, evidence: Contradiction) -> bool:
@@ -176,27 +175,19 @@ class VoteSet:
         self.add(signed, now)
         return signed
 
-    def merge(self, other: VoteSet) -> None:
-        """Union with a set of the same electorate, whose votes have been checked when they were added to it."""
-        for evidence in other.contradictions.values():
-            if evidence.verifier not in self.contradictions:
-                self._exclude(evidence)
-        for signed in other.votes():
-            if PeerId(signed.vote.verifier) not in self.contradictions and not self._holds(signed):
-                with suppress(ProtocolError):  # No room, or it is long superseded here.
-                    self._insert(signed)
-
     def advance(self, now: float) -> None:
         """Let votes expire. Call it regularly: without it a ban is not lifted until something else changes."""
-        self._now = max(self._now, now)
+        self._now = now
+        changed: set[PeerId] = set()
         for subjects in self._held.values():
             for subject, history in tuple(subjects.items()):
-                for sequence in [key for key, one in history.items() if one.vote.expires <= self._now]:
+                for sequence in [key for key, one in history.items() if one.vote.expires <= now]:
                     del history[sequence]
                     self._note_change()
+                    changed.add(subject)
                 if not history:
                     del subjects[subject]
-        for subject in self.subjects() | set(self._verdicts):
+        for subject in changed:
             self._settle(subject)
 
     # --- as data ---

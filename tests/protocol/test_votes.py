@@ -400,7 +400,9 @@ def built(history: list[Said]) -> VoteSet:
 def merged(*sets: VoteSet) -> VoteSet:
     found = VoteSet(ELECTORATE)
     for one in sets:
-        found.merge(one)
+        statements: list[SignedVote | Contradiction] = [*one.contradictions.values(), *one.votes()]
+        for statement in statements:
+            refusal(lambda statement=statement: found.take(statement, NOW + 50))
     return found
 
 
