@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 from protocol import wire
 from protocol.ballots import Ballots
@@ -20,6 +20,7 @@ from protocol.invite import Invite
 from protocol.links import Switchboard
 from protocol.manifest import SignedManifest
 from protocol.reports import Metrics, metrics_topic
+from protocol.reputation import ReputationBook, reputation_topic
 from protocol.samples import Effort, effort_topic
 from protocol.vote_set import VoteSet
 from protocol.votes import Verdict
@@ -58,6 +59,8 @@ class Observer:
         self._directory = await Directory.join(self.host, self.signed.run, stages)
         await self.host.subscribe(metrics_topic(self.signed.run), self._hear)
         await self.host.subscribe(effort_topic(self.signed.run), self._hear_effort)
+        self.reputation = ReputationBook(self.signed.electorate)
+        await self.host.subscribe(reputation_topic(self.signed.run), self._hear_reputation)
         await self._follow_votes()
         return self.signed
 
@@ -75,6 +78,10 @@ class Observer:
         if self.on_verdict is not None:
             self.on_verdict(peer, after)
         self.news.set()
+
+    def _hear_reputation(self, author: PeerId, data: bytes) -> None:
+        with suppress(ProtocolError):
+            self.reputation.hear(data, time())
 
     def _hear_effort(self, author: PeerId, data: bytes) -> None:
         with suppress(ProtocolError):

@@ -11,7 +11,7 @@ from time import monotonic, time
 
 import structlog
 
-from node.bans import explain_ban
+from node.bans import explain_ban, remembered_ban
 from node.compute import Urgency
 from node.data import open_corpus
 from node.head import Injector
@@ -29,6 +29,7 @@ from protocol.introduction import fetch_manifest
 from protocol.invite import Invite
 from protocol.manifest import Manifest
 from protocol.reports import Metrics
+from protocol.votes import SignedVote
 
 log = structlog.get_logger("node")
 
@@ -96,7 +97,11 @@ class Volunteer:
         self._tasks = tasks = TaskSet()
         self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
         tasks.spawn(host.watch())
-        signed = await fetch_manifest(host, config.invite)
+        try:
+            signed = await fetch_manifest(host, config.invite)
+        except BannedError:
+            # Nobody talks to us; but we may have been told why before.
+            raise self._ban(remembered_ban(self._votes_path(config.invite.run), self.peer_id)) from None
         if config.attack is not None and not signed.manifest.testbed:
             raise UserError("This run is no testbed, so nobody may attack it", "Leave out --attack")
         stages = signed.manifest.stages.count
@@ -116,14 +121,14 @@ class Volunteer:
             self._device,
             config.limits,
             seeds=config.invite.seeds,
-            votes_path=config.cache_dir / signed.run.hex()[:16] / f"{self.peer_id}.votes",
+            votes_path=self._votes_path(signed.run),
         )
         if config.attack is not None:
             self._become_attacker(config.attack)
         self._reporter = Reporter(replica, self._directory, self._identity, await host.addresses())
         await replica.start()
         if replica.is_banned.is_set():
-            raise self._ban()
+            raise self._ban(self._votes_against_us())
         tasks.spawn(self._watch_for_ban())
         tasks.spawn(replica.ballots.run())
         tasks.every(_LOOK_EVERY, self._meet_neighbours)
@@ -145,10 +150,16 @@ class Volunteer:
     async def _watch_for_ban(self) -> None:
         """Until cancelled. Raises `BannedError` when we are banned."""
         await self.replica.is_banned.wait()
-        raise self._ban()
+        raise self._ban(self._votes_against_us())
 
-    def _ban(self) -> BannedError:
-        return BannedError(explain_ban(self.peer_id, self.replica.votes.bans(time()).get(self.peer_id, {})))
+    def _votes_path(self, run: bytes) -> Path:
+        return self._config.cache_dir / run.hex()[:16] / f"{self.peer_id}.votes"
+
+    def _votes_against_us(self) -> list[SignedVote]:
+        return list(self.replica.votes.bans(time()).get(self.peer_id, {}).values())
+
+    def _ban(self, votes: Sequence[SignedVote]) -> BannedError:
+        return BannedError(explain_ban(self.peer_id, votes))
 
     def _become_attacker(self, attack: AttackConfig) -> None:
         passes = self.replica.passes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +12,8 @@ import torch
 from protocol import wire
 from protocol.codec import digest
 from protocol.identity import PeerId
-from protocol.votes import Cause, Verdict
+from protocol.reputation import MAX_WORDS
+from protocol.votes import MAX_TEXT, Cause, Verdict
 from verifier.conduct import Conduct
 from verifier.detector import Hearing
 from verifier.exhibits import Work
@@ -34,6 +35,8 @@ class Opinion:
     samples: int
     log_evidence: float
     flags: Mapping[Direction, int]
+    words: tuple[str, ...]
+    """The latest that was noted of it."""
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Bench:
         self._sentinel = Sentinel(self.settings)
         self.conduct = Conduct()
         self._convicted: dict[PeerId, tuple[Cause, str, bytes]] = {}
+        self._notes: dict[PeerId, deque[str]] = {}
         self._flags: dict[PeerId, Counter[Direction]] = {}
 
     def screen(self, works: Sequence[Work], round: int, replicas: int) -> Screening:
@@ -72,6 +76,7 @@ class Bench:
                 guilty = None
             elif guilty:
                 self._convict(work, finding)
+            self._note(work, _outcome(finding, guilty))
             hearings[place] = Hearing(guilty, finding.asked * PRICE[work.direction])
             for liar in finding.liars:
                 self.conduct.fail(
@@ -80,6 +85,8 @@ class Bench:
         judgement = self._sentinel.record(screening, hearings)
         for row in np.flatnonzero(judgement.refused):
             work = works[int(row)]
+            if row not in findings:
+                self._note(work, "odd by its statistics; nobody was asked to do it again")
             self._flags.setdefault(work.peer, Counter())[work.direction] += 1
         for ban in judgement.bans:
             if PeerId(ban.peer) not in self._convicted:
@@ -92,6 +99,10 @@ class Bench:
             f"did it again got something else ({finding.difference:.0%} off)"
         )
         self._convicted.setdefault(work.peer, (Cause.RECOMPUTED, text, work.evidence))
+
+    def _note(self, work: Work, what: str) -> None:
+        notes = self._notes.setdefault(work.peer, deque(maxlen=MAX_WORDS))
+        notes.append(f"{work.direction} at weights {work.receipt.version}: {what}"[:MAX_TEXT])
 
     def opinion(self, peer: PeerId) -> Opinion:
         standing = self._sentinel.standing(peer)
@@ -109,8 +120,25 @@ class Bench:
             cause, text = self.conduct.reason(peer)
             evidence = digest(text.encode())
         return Opinion(
-            verdict, cause, text[:200], evidence, standing.samples, standing.log_evidence, dict(flags)
+            verdict,
+            cause,
+            text[:MAX_TEXT],
+            evidence,
+            standing.samples,
+            standing.log_evidence,
+            dict(flags),
+            tuple(self._notes.get(peer, ())),
         )
+
+
+def _outcome(finding: Finding, guilty: bool | None) -> str:
+    if guilty:
+        return f"{finding.asked} replicas that did it again got something else ({finding.difference:.0%} off)"
+    if finding.guilty:
+        return "made with other weights than its stage had"
+    if guilty is False:
+        return "another replica that did it again got the same"
+    return "too few replicas could do it again"
 
 
 def hops_of(works: Sequence[Work], round: int) -> Hops:

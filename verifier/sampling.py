@@ -68,6 +68,15 @@ class Traffic:
         if stage == 0 and passage.next is not None and passage.flagged is None:
             self.finished += 1
 
+    def has_seen(self, peer: PeerId, since: float) -> bool:
+        """Whether anybody has named the peer as a neighbour in a microbatch first heard of after `since`."""
+        for journey in reversed(self._journeys.values()):
+            if journey.heard < since:
+                break
+            if peer in journey.path.values():
+                return True
+        return False
+
     def alarms(self, now: float) -> list[Journey]:
         """What receivers flagged and nobody has looked at yet."""
         return [one for one in self._fresh(now) if one.flagged and not one.drawn]
