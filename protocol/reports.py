@@ -50,8 +50,8 @@ class SlotLoss(wire.Message, frozen=True):
 class Metrics(wire.Message, frozen=True):
     """A peer's figures since it joined, on `{run}/metrics`. Counts are of microbatches unless named otherwise.
 
-    `guarded`: tensors that the inline guard looked at; `guard_seconds` and `redo_seconds`: what that took, and what doing
-    others' work again for verifiers took; `to_banned`: sent to a peer that this one knew to be banned.
+    `guarded`: tensors that the inline guard looked at; `guard_seconds` and `redo_seconds`: CPU time that it took, and
+    that doing others' work again for verifiers took; `to_banned`: sent to a peer that this one knew to be banned.
     """
 
     stage: StageField
