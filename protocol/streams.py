@@ -137,9 +137,12 @@ class Stream(asyncio.BufferedProtocol):
             self._on_violation(self, ProtocolError(Reason.NOT_READING, f"{self.backlog} bytes wait"))
             self.abort()
             return
-        for part in parts:
-            self.sent_bytes += len(part)
-            self._transport.write(part)
+        try:
+            for part in parts:
+                self._transport.write(part)
+                self.sent_bytes += len(part)
+        except RuntimeError:  # uvloop has closed it, and will tell us only later.
+            return
 
     def ping(self) -> None:
         self.send(Ping(int(monotonic() * 1e6)))

@@ -459,3 +459,40 @@ def test_out_of_memory_is_said_as_such() -> None:
         failure = explain(error)
         assert failure.code == 2
         assert failure.line.startswith("Out of memory")
+
+
+def test_join_refuses_an_attack_on_a_run_that_is_no_testbed(
+    invoke: Invoke, run_invite: str, tmp_path: Path
+) -> None:
+    join(invoke, run_invite, tmp_path, "--attack", "zeros").says("no testbed", "--attack")
+
+
+@pytest.mark.parametrize("command", ["join", "demo"])
+def test_an_attack_that_nobody_knows_is_refused(invoke: Invoke, run_invite: str, command: str) -> None:
+    words = [run_invite] if command == "join" else []
+    invoke(command, *words, "--attack", "nonsense").says("Unknown attack nonsense", "zeros")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--quorum", "1"], ["--quorum 1", "no majority"]),
+        (["--quorum", "4"], ["--quorum 4", "no majority"]),
+        (["--replicas", "2", "--malicious", "2"], ["no honest volunteer"]),
+    ],
+    ids=str,
+)
+def test_the_demo_refuses_what_cannot_be_played(invoke: Invoke, words: list[str], parts: list[str]) -> None:
+    invoke("demo", *words).says(*parts)
+
+
+def test_verify_refuses_a_peer_that_the_manifest_does_not_name(
+    invoke: Invoke, run_invite: str, tmp_path: Path
+) -> None:
+    invoke("verify", run_invite, "--identity", tmp_path / "my.key", *LISTEN).says(
+        "does not name", "--identity"
+    )
+
+
+def test_peers_says_that_it_knows_no_such_peer(invoke: Invoke, run_invite: str) -> None:
+    invoke("peers", run_invite, "--peer", "12D3KooWnobody", *LISTEN).says("Nobody knows a peer")
