@@ -18,7 +18,7 @@ from protocol.samples import Passage
 from verifier.streams import StageIndex
 
 MAX_KNOWN = 4096
-SPEAK_WITHIN = 4.0
+SPEAK_WITHIN = 5.0
 """Seconds within which everybody on a microbatch's way must have said what it did."""
 FRESH = 12.0
 """Seconds after a microbatch was first heard of during which it may be drawn: its tensors are held a little longer."""

@@ -33,10 +33,12 @@ from verifier.streams import StageIndex
 
 log = structlog.get_logger("verifier")
 
-LISTEN_EVERY = 1.0
-MEET_EVERY = 2.0
-SIT_EVERY = 0.25
-EFFORT_EVERY = 1.0
+LISTEN_EVERY, LISTEN_CLOSELY = 2.0, 0.5
+"""Seconds between two questions to every node; closely, as long as somebody is accused."""
+MEET_EVERY, MEET_AT_FIRST, FIRST = 6.0, 2.0, 30.0
+"""Seconds between two looks into the directory; at first, for the first `FIRST` seconds."""
+SIT_EVERY = 0.5
+EFFORT_EVERY = 3.0
 REPORT_EVERY = 5.0
 
 
@@ -69,6 +71,7 @@ class Verifier:
         self._failed: asyncio.Future[None] | None = None
         self._host: Host | None = None
         self._nodes: dict[PeerId, _Node] = {}
+        self._began = self._met_at = self._listened_at = 0.0
 
     # --- joining ---
 
@@ -93,8 +96,9 @@ class Verifier:
         self._spokesman = Spokesman(self._identity, electorate, host, self._ballots, self.judge.bench)
         self._spokesman.remember()
         self._spawn(self.judge.watch_ourselves())
-        self._every(MEET_EVERY, self._meet)
-        self._every(LISTEN_EVERY, self._listen)
+        self._began = monotonic()
+        self._every(MEET_AT_FIRST, self._meet)
+        self._every(LISTEN_CLOSELY, self._listen)
         self._every(SIT_EVERY, self._sit)
         self._every(EFFORT_EVERY, self._tell_effort)
         self._every(REPORT_EVERY, self._report)
@@ -161,6 +165,9 @@ class Verifier:
     async def _meet(self) -> None:
         """Keep a link to every node, and remember who is out of reach since when."""
         links, now = self._links, monotonic()
+        if now - self._began > FIRST and now - self._met_at < MEET_EVERY:
+            return
+        self._met_at = now
         found = await asyncio.gather(*(self._directory.peers(stage) for stage in range(self._stages)))
         records = {peer: record for stage in found for peer, record in stage.items()}
         for peer in [peer for peer in self._nodes if peer not in records and peer not in links]:
@@ -181,6 +188,9 @@ class Verifier:
             await self._switchboard.connect(peer, record.addresses)
 
     async def _listen(self) -> None:
+        if monotonic() - self._listened_at < LISTEN_EVERY and not self._spokesman.accused():
+            return
+        self._listened_at = monotonic()
         before = self.judge.traffic.finished
         await asyncio.gather(*(self._listen_to(peer, link) for peer, link in self._links.items()))
         self.judge.earn(self.judge.traffic.finished - before)
