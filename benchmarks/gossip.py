@@ -18,7 +18,7 @@ from time import monotonic, time
 
 from benchmarks.figures import Ratio, Report
 from protocol.ballots import COMPARE_EVERY, Ballots
-from protocol.errors import ProtocolError, SentinelError
+from protocol.errors import ProtocolError, SentinelError, UserError
 from protocol.host import Host
 from protocol.identity import Identity, PeerId
 from protocol.introduction import Deaf
@@ -38,6 +38,7 @@ _SPREAD_WITHIN = 120.0
 _DOWN_BEFORE = 1.0
 _DOWN_AFTER = 1.0
 _DOWN_FOR = 2.0
+_STARTS = 5
 _GOAL = 1.0
 _CHUNK = 64 * 1024
 
@@ -237,10 +238,20 @@ class Crowd:
         await peer.stop()
         await asyncio.sleep(_DOWN_FOR)
         peer.banned_at.clear()
-        await peer.start(self.seed)
+        await self._start_again(peer)
         knew = peer.votes.is_banned(self.subject.peer_id)
         await peer.meet([one for one in peer.contacts if one.is_up])
         return knew
+
+    async def _start_again(self, peer: Peer) -> None:
+        """As a supervisor would: on a machine so busy that a seed does not answer in time, once more."""
+        for _ in range(_STARTS - 1):
+            try:
+                await peer.start(self.seed)
+            except UserError:
+                continue
+            return
+        await peer.start(self.seed)
 
     def round_trips(self) -> list[float]:
         links = [link for peer in self.peers for link in peer.board.links.values()]
@@ -276,7 +287,8 @@ async def spread(folder: Path, repeat: int, size: int = PEERS) -> Report:
             await crowd.pardon()
         for _ in range(repeat):
             await _with_restarts(crowd, report)
-    worst = report.series["deciding vote to enforcement, last peer"].values
+    waited = ("deciding vote to enforcement, last peer", "restarting: enforcement, last of those that stay")
+    worst = [one for name in waited for one in report.series[name].values]
     # The worst of all repetitions, not their median, is what the goals are for.
     last = (max(worst) / 1e3,)
     report.ratios.append(Ratio("worst: seconds to the last peer's enforcement", last, _GOAL, at_most=True))
