@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,10 +20,12 @@ from typing import Any
 # hivemind reads it when it is imported, here and in the processes that we start.
 os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
 
+import structlog
 import torch
 import uvloop
 from rich.console import Console
 
+from benchmarks import gossip
 from benchmarks.figures import Ratio, Report, family_seconds, machine
 from benchmarks.throughput import speed_manifest, swarm_speed, tiny_manifest, uncut_speed
 from benchmarks.transport import (
@@ -37,7 +40,7 @@ from benchmarks.transport import (
 )
 from protocol.manifest import Schedule, WireCodec
 
-PARTS = ("transport", "throughput", "delay")
+PARTS = ("transport", "throughput", "delay", "gossip")
 WINDOWS = (1, 4)
 _THREADS = (1, 2)
 
@@ -170,6 +173,8 @@ async def _measure(options: argparse.Namespace) -> None:
                 report = await throughput(
                     folder, options.repeat or 3, options.rounds or 4, options.microbatches
                 )
+            elif part == "gossip":
+                report = await gossip.spread(folder, options.repeat or 5)
             else:
                 report = await delay(folder, options.repeat or 1, options.rounds)
         load = machine()["load_average"]
@@ -186,7 +191,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
     parser.add_argument("--only", action="append", choices=PARTS, help="only this part; may be repeated")
     parser.add_argument(
-        "--repeat", type=int, metavar="N", help="repetitions (10 of transport, 3, 1 of delay)"
+        "--repeat", type=int, metavar="N", help="repetitions (10 of transport, 5 of gossip, 3, 1 of delay)"
     )
     parser.add_argument(
         "--trips", type=int, default=16, metavar="N", help="trips of a tensor in a repetition"
@@ -199,6 +204,8 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
+    # Peers that are banned on purpose, and links that end with it, are no news here.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     _console.print(machine())
     try:
         uvloop.run(_measure(options))

@@ -1,21 +1,62 @@
-"""The main job on one machine: a seed and volunteers train the tiny model on real text, watched from outside."""
+"""The main job on one machine: a seed and volunteers train the tiny model on real text, watched from outside.
+
+Some of the volunteers may attack, and verifiers look for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
-from benchmarks.swarm import LocalSwarm, SwarmError, local_swarm, watching
+from benchmarks.swarm import LocalSwarm, Process, SwarmError, local_swarm, watching, with_verifiers
+from benchmarks.usage import Meter
 from node.data import open_corpus, unigram_entropy
 from node.observer import Observer
+from protocol.identity import PeerId
 from protocol.manifest import Manifest
+from protocol.reports import Metrics
+from protocol.votes import Verdict
 
 _START_WITHIN = 120.0
 _ROUND_WITHIN = 90.0
 _CLOSING_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What the demo defends against: `malicious` attackers, and with how many verifiers.
+
+    Attackers are replicas of the inner stages, spread evenly; where there are none, of the last stage.
+    """
+
+    verifiers: int = 0
+    quorum: int = 2
+    malicious: int = 0
+    attack: str = "random-sign:0.3"
+    direction: str = "both"
+    start: int = 0
+
+    def places(self, stages: int) -> set[tuple[int, int]]:
+        """(stage, replica) of every attacker."""
+        inner = range(1, stages - 1) or range(stages - 1, stages)
+        return {(inner[number % len(inner)], number // len(inner)) for number in range(self.malicious)}
+
+    @property
+    def options(self) -> list[str]:
+        """What an attacker joins with."""
+        words = ["--attack", self.attack, "--attack-direction", self.direction]
+        return [*words, "--attack-start", str(self.start)]
+
+
+@dataclass(frozen=True)
+class SeenBan:
+    """A ban as the observer learnt of it, at round `round` of the run."""
+
+    peer: PeerId
+    round: int
 
 
 @dataclass
@@ -26,6 +67,9 @@ class DemoView:
     swarm: LocalSwarm
     observer: Observer
     entropy: float
+    threat: Threat = field(default_factory=Threat)
+    bans: list[SeenBan] = field(default_factory=list)
+    meter: Meter = field(default_factory=Meter)
     losses: list[float] = field(default_factory=list)
     closed_at: list[float] = field(default_factory=list)
 
@@ -38,28 +82,46 @@ class DemoView:
         tokens = batch.context * batch.sequences * batch.microbatches * (len(self.closed_at) - 1)
         return tokens / (self.closed_at[-1] - self.closed_at[0])
 
+    @property
+    def attackers(self) -> set[PeerId]:
+        return {node.peer for node in self.swarm.nodes if node.is_attacker}
+
+    @property
+    def at_work(self) -> list[Process]:
+        """The volunteers that are not banned."""
+        banned = {ban.peer for ban in self.bans}
+        return [node for node in self.swarm.nodes if node.peer not in banned]
+
+    def note_verdict(self, peer: PeerId, verdict: Verdict) -> None:
+        if verdict is Verdict.BANNED:
+            sightings = self.observer.sightings.values()
+            now = max((sighting.metrics.version for sighting in sightings), default=0)
+            self.bans.append(SeenBan(peer, now))
+
     def update(self) -> None:
         """Take in what the observer has heard since."""
+        if not self.losses:
+            self.meter.start(self.swarm.processes)
+        self.meter.read(self.swarm.processes)
         while (loss := self.observer.round_loss(len(self.losses))) is not None:
             self.losses.append(loss)
             self.closed_at.append(monotonic())
 
     @property
     def is_over(self) -> bool:
-        """Every round's loss is known and every volunteer holds the run's last version."""
+        """Every round's loss is known and every volunteer that is not banned holds the run's last version."""
         rounds = self.manifest.schedule.rounds
         versions = [
             sighting.metrics.version
-            for node in self.swarm.nodes
+            for node in self.at_work
             if (sighting := self.observer.sightings.get(node.peer))
         ]
-        return (
-            len(self.losses) >= rounds and len(versions) == len(self.swarm.nodes) and min(versions) >= rounds
-        )
+        return len(self.losses) >= rounds and len(versions) == len(self.at_work) and min(versions) >= rounds
 
     def result(self) -> dict[str, Any]:
         """The demo's JSON. Losses in nats a token; `final_loss` is the mean of the last five rounds."""
-        seen = {node.peer: self.observer.sightings[node.peer].metrics for node in self.swarm.nodes}
+        known = self.observer.sightings
+        seen = {node.peer: known[node.peer].metrics for node in self.swarm.nodes if node.peer in known}
         closing = self.losses[-_CLOSING_ROUNDS:]
         return {
             "schedule": self.manifest.schedule.kind,
@@ -82,7 +144,57 @@ class DemoView:
                 }
                 for peer, metrics in sorted(seen.items(), key=lambda item: (item[1].stage, item[0]))
             ],
+            "attackers": sorted(self.attackers),
+            "bans": [self._ban(ban) for ban in self.bans],
+            "false_bans": sum(ban.peer not in self.attackers for ban in self.bans),
+            "microbatches_to_banned_after_ban": sum(metrics.to_banned for metrics in seen.values()),
+            "flagged_fraction": _share(
+                sum(metrics.refused.get("flagged", 0) for metrics in seen.values()),
+                sum(metrics.guarded for metrics in seen.values()),
+            ),
+            "verification": self._verification(list(seen.values())),
         }
+
+    def _ban(self, ban: SeenBan) -> dict[str, Any]:
+        """`rounds_to_ban` counts from the attack's start, the round of the ban included."""
+        stages = {node.peer: node.stage for node in self.swarm.nodes}
+        votes = self.observer.votes.votes_on(ban.peer, time())
+        return {
+            "peer": ban.peer,
+            "stage": stages[ban.peer],
+            "true_attacker": ban.peer in self.attackers,
+            "rounds_to_ban": ban.round - self.threat.start + 1,
+            "votes": [
+                {
+                    "verifier": verifier,
+                    "verdict": one.vote.verdict,
+                    "cause": one.vote.cause,
+                    "text": one.vote.text,
+                }
+                for verifier, one in sorted(votes.items())
+            ],
+        }
+
+    def _verification(self, metrics: list[Metrics]) -> dict[str, float]:
+        """What verification cost, as shares: of all microbatches, of the bytes that nodes sent, of the nodes' CPU time.
+
+        CPU is from when the last volunteers had joined: all of the verifiers' processes, the guard in every node and
+        work done again there, over what is left of the nodes' processes.
+        """
+        efforts = list(self.observer.efforts.values())
+        asked = sum(effort.bytes for effort in efforts)
+        guarding = sum(one.guard_seconds + one.redo_seconds for one in metrics)
+        nodes, judging = self.meter.used(self.swarm.nodes), self.meter.used(self.swarm.verifiers)
+        passed = max((effort.passed for effort in efforts), default=0)
+        return {
+            "sampled_fraction": _share(sum(effort.sampled for effort in efforts), passed),
+            "bytes_fraction": _share(asked, sum(one.sent_bytes for one in metrics) - asked),
+            "cpu_fraction": _share(judging + guarding, nodes - guarding),
+        }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 async def run_demo(
@@ -90,20 +202,26 @@ async def run_demo(
     folder: Path,
     *,
     replicas: int,
+    threat: Threat | None = None,
     link_delay: float = 0.0,
     show: Callable[[DemoView], None] = lambda view: None,
 ) -> dict[str, Any]:
     """Train `manifest` to its last round with `replicas` volunteers a stage. Raises `SwarmError` if it stalls.
 
-    `show` is called whenever there is something new.
+    `threat`: attackers among them, and verifiers. `show` is called whenever there is something new.
     """
-    entropy = unigram_entropy(open_corpus(manifest))
+    entropy, threat = unigram_entropy(open_corpus(manifest)), threat or Threat()
+    manifest = with_verifiers(manifest, folder, threat.verifiers, threat.quorum)
+    malicious = threat.places(manifest.stages.count)
     async with local_swarm(manifest, folder, link_delay=link_delay) as swarm:
-        for _ in range(replicas):
+        for _ in range(threat.verifiers):
+            swarm.verify()
+        for replica in range(replicas):
             for stage in range(manifest.stages.count):
-                swarm.join(stage)
+                swarm.join(stage, *(threat.options if (stage, replica) in malicious else ()))
         async with watching(swarm) as observer:
-            view = DemoView(manifest, swarm, observer, entropy)
+            view = DemoView(manifest, swarm, observer, entropy, threat)
+            observer.on_verdict = view.note_verdict
             await _watch(view, show)
             return view.result()
 
@@ -113,7 +231,7 @@ async def _watch(view: DemoView, show: Callable[[DemoView], None]) -> None:
     while not view.is_over:
         known = len(view.losses)
         await view.observer.wait_for_news(timeout=1.0)
-        view.swarm.check_alive()
+        view.swarm.check_alive(but=[node for node in view.swarm.nodes if node not in view.at_work])
         view.update()
         if len(view.losses) > known:
             patience = monotonic() + _ROUND_WITHIN

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.mesh_config import MeshConfig
+from protocol.votes import Verdict
 from verifier.detector import Detector
-from verifier.ladder import Verdict
 from verifier.saboteur import Orders, Saboteur, parse_attack
 from verifier.streams import Direction, Peer, StageIndex
 

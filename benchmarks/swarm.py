@@ -25,7 +25,7 @@ from protocol.errors import SentinelError
 from protocol.host import LOOPBACK
 from protocol.identity import Identity, PeerId
 from protocol.invite import Invite
-from protocol.manifest import Manifest, SignedManifest
+from protocol.manifest import Manifest, SignedManifest, VerificationSection
 
 _INVITE_WITHIN = 60.0
 _STOP_WITHIN = 25.0
@@ -63,6 +63,7 @@ class Process:
     stderr: Path
     peer: PeerId
     stage: int = -1
+    is_attacker: bool = False
 
     @property
     def is_alive(self) -> bool:
@@ -91,6 +92,7 @@ class LocalSwarm:
     invite: str = ""
     seed: Process | None = None
     nodes: list[Process] = field(default_factory=list)
+    verifiers: list[Process] = field(default_factory=list)
     threads: int = 1
     link_delay: float = 0.0
     _context: Any = None
@@ -98,7 +100,7 @@ class LocalSwarm:
 
     @property
     def processes(self) -> list[Process]:
-        return [*self.nodes, *([self.seed] if self.seed else [])]
+        return [*self.verifiers, *self.nodes, *([self.seed] if self.seed else [])]
 
     def _launch(self, name: str, *arguments: str, stage: int = -1) -> Process:
         key = self.folder / f"{name}.key"
@@ -137,7 +139,15 @@ class LocalSwarm:
         ]
         options += ["--device", "cpu", "--link-delay", str(self.link_delay * 1e3), *more]
         process = self._launch(name, "join", self.invite, *options, stage=stage)
+        process.is_attacker = "--attack" in more
         self.nodes.append(process)
+        return process
+
+    def verify(self) -> Process:
+        """Start the next of the verifiers that `with_verifiers` has made."""
+        name = verifier_name(len(self.verifiers))
+        process = self._launch(name, "verify", self.invite)
+        self.verifiers.append(process)
         return process
 
     def check_alive(self, *, but: Sequence[Process] = ()) -> None:
@@ -159,6 +169,18 @@ class LocalSwarm:
             await asyncio.to_thread(process.process.join)
 
 
+def verifier_name(number: int) -> str:
+    return f"verifier{number + 1}"
+
+
+def with_verifiers(manifest: Manifest, folder: Path, count: int, quorum: int, **policy: Any) -> Manifest:
+    """The manifest with `count` verifiers, whose keys are made in `folder`; `policy`: of `VerificationSection`."""
+    keys = [folder / f"{verifier_name(number)}.key" for number in range(count)]
+    verifiers = tuple(Identity.load_or_create(key).peer_id for key in keys)
+    section = VerificationSection(verifiers=verifiers, quorum=quorum if count else 1, **policy)
+    return manifest.model_copy(update={"verification": section})
+
+
 @asynccontextmanager
 async def local_swarm(
     manifest: Manifest, folder: Path, *, threads: int = 1, link_delay: float = 0.0
@@ -168,7 +190,9 @@ async def local_swarm(
     # The command, and what it would import late: the model's architecture.
     architecture = str(manifest.model.config["model_type"])
     modelling = f"transformers.models.{architecture}.modeling_{architecture}"
-    context.set_forkserver_preload([_entry_point().module, "node.volunteer", "bootstrap.seed", modelling])
+    context.set_forkserver_preload(
+        [_entry_point().module, "node.volunteer", "bootstrap.seed", "verifier.service", modelling]
+    )
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     signed = SignedManifest.sign(manifest, Identity.load_or_create(folder / "operator.key"))
     swarm = LocalSwarm(folder, signed, threads=threads, link_delay=link_delay, _context=context)

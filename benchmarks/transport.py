@@ -132,7 +132,7 @@ class _HeadPasses(StagePasses):
 
     def inject(self, tokens: torch.Tensor, slot: int) -> Any:
         labels = torch.zeros(SEQUENCES, CONTEXT, dtype=torch.int32)
-        return self._forward(self._x, bytes_of(labels), b"\0" * 32)
+        return self._forward(self._x, bytes_of(labels), b"\0" * 32, 0)
 
 
 class _Peer:

@@ -1,15 +1,18 @@
-"""The seed peer: entry point to the DHT, relay for peers behind NAT, server of the signed manifest.
+"""The seed peer: entry point to the DHT, relay for peers behind NAT, server of the signed manifest and of the votes.
 
-It serves no stage and sees no tensor. A run that has begun goes on without it; only joining needs a seed.
+It serves no stage and sees no tensor. A run that has begun goes on without it; only joining needs a seed. It answers
+those who are banned too: whom else should they ask why?
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 
+from protocol.ballots import Ballots
 from protocol.directory import Directory
 from protocol.host import DEFAULT_LISTEN, Host
 from protocol.identity import Identity, PeerId
@@ -19,6 +22,7 @@ from protocol.links import Switchboard
 from protocol.manifest import SignedManifest
 from protocol.reports import metrics_topic, progress_topic
 from protocol.requests import MANIFEST
+from protocol.vote_set import VoteSet
 
 log = structlog.get_logger("bootstrap")
 
@@ -45,7 +49,15 @@ class Seed:
         await Directory.join(self.host, run, stages)
         self._switchboard = Switchboard(self.host, run, stage=-1, max_tensor=0, owner=Deaf())
         self._switchboard.methods[MANIFEST] = manifest_method(self._signed)
+        self._ballots = Ballots(
+            self._switchboard,
+            VoteSet(self._signed.electorate),
+            seeds=self._others,
+            path=self._identity_path.with_suffix(".votes"),
+        )
         await self._switchboard.start()
+        await self._ballots.start()
+        self._keeping = asyncio.create_task(self._ballots.run())
         # Gossip crosses from peer to peer only over subscribers: until peers know each other, that is us.
         for topic in (metrics_topic(run), *(progress_topic(run, stage) for stage in range(stages))):
             await self.host.subscribe(topic, _pass_on)
@@ -61,6 +73,10 @@ class Seed:
         await self.host.watch()
 
     async def stop(self) -> None:
+        if hasattr(self, "_keeping"):
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+            await self._ballots.stop()
         if hasattr(self, "_switchboard"):
             await self._switchboard.stop()
         if hasattr(self, "host"):

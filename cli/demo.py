@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import files, logs, running
 from cli.demo_display import DemoDisplay
-from cli.options import Schedule, Wire
+from cli.options import AttackDirection, AttackStart, Schedule, Wire
+from protocol.errors import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.demo import Threat
 
 
 def demo(
     stages: Annotated[int, typer.Option(help="How many stages the model is cut into.", min=1)] = 3,
-    replicas: Annotated[int, typer.Option(help="Volunteers that serve each stage.", min=1)] = 2,
+    replicas: Annotated[int, typer.Option(help="Volunteers that serve each stage.", min=1)] = 3,
     rounds: Annotated[int, typer.Option(help="How many rounds to train.", min=1)] = 60,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the samples.", min=0)] = 0,
     schedule: Schedule = "overlapped",
@@ -23,6 +27,16 @@ def demo(
     link_delay: Annotated[
         float, typer.Option(help="Milliseconds added to everything a volunteer sends.", min=0)
     ] = 0.0,
+    verifiers: Annotated[int, typer.Option(help="Verifier peers; 0 for none.", min=0, max=64)] = 3,
+    quorum: Annotated[int, typer.Option(help="Verifiers that it takes to ban.", min=1)] = 2,
+    malicious: Annotated[
+        int, typer.Option(help="Attackers among the volunteers, in inner stages; 0 for none.", min=0)
+    ] = 1,
+    attack: Annotated[
+        str, typer.Option(help="What they do: `zeros`, `flip`, `delay:20`, ...", metavar="SPEC")
+    ] = "random-sign:0.3",
+    attack_direction: AttackDirection = "both",
+    attack_start: AttackStart = 10,
     output: Annotated[
         Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")
     ] = None,
@@ -32,13 +46,16 @@ def demo(
 ) -> None:
     """Start a bootstrap peer and volunteers as processes on this machine, and train a small model on real text.
 
-    The processes run `sentinel-node bootstrap` and `sentinel-node join`, as one would by hand on several machines.
+    The processes run `sentinel-node bootstrap`, `verify` and `join`, as one would by hand on several machines. One of
+    the volunteers attacks; the verifiers find it, and the others route around it.
 
     Examples:
 
         sentinel-node demo
 
-        sentinel-node demo --stages 2 --replicas 1 --rounds 20
+        sentinel-node demo --attack zeros --attack-direction activation
+
+        sentinel-node demo --stages 2 --replicas 1 --rounds 20 --verifiers 0 --malicious 0
 
         sentinel-node demo --schedule synchronous --link-delay 100
 
@@ -48,8 +65,13 @@ def demo(
         files.check_writable(output, "--json")
     if keep is not None:
         files.check_writable(keep / "run.toml", "--keep")
-    from benchmarks.demo import run_demo
+    from benchmarks.demo import Threat, run_demo
     from node.presets import build_manifest
+    from verifier.saboteur import parse_attack
+
+    parse_attack(attack)
+    threat = Threat(verifiers, quorum, malicious, attack, attack_direction, attack_start)
+    _check_threat(threat, stages, replicas)
 
     logs.configure(quiet=True)
     manifest = build_manifest(
@@ -68,7 +90,12 @@ def demo(
     )
     with tempfile.TemporaryDirectory(prefix="sentinel-demo-") as scratch, DemoDisplay() as display:
         work = run_demo(
-            manifest, keep or Path(scratch), replicas=replicas, link_delay=link_delay / 1e3, show=display.show
+            manifest,
+            keep or Path(scratch),
+            replicas=replicas,
+            threat=threat,
+            link_delay=link_delay / 1e3,
+            show=display.show,
         )
         result = running.run(running.interruptible(work))
     if result is None:
@@ -76,3 +103,16 @@ def demo(
     display.summarise(result)
     if output is not None:
         files.write_json(output, result, "--json")
+
+
+def _check_threat(threat: Threat, stages: int, replicas: int) -> None:
+    """Raises `UserError` for what cannot be played."""
+    if threat.verifiers and not threat.verifiers // 2 < threat.quorum <= threat.verifiers:
+        problem = f"--quorum {threat.quorum} is no majority of {threat.verifiers} verifiers"
+        raise UserError(problem, f"Use {threat.verifiers // 2 + 1} to {threat.verifiers}")
+    most = max((replica + 1 for _, replica in threat.places(stages)), default=0)
+    if most >= replicas:
+        raise UserError(
+            f"{threat.malicious} attackers leave no honest volunteer on a stage",
+            "Use fewer with --malicious, or more --replicas",
+        )

@@ -38,6 +38,7 @@ class DemoDisplay:
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._printed = 0
         self._has_announced = False
+        self._banned = 0
 
     def __enter__(self) -> DemoDisplay:
         if self._live is not None:
@@ -59,6 +60,12 @@ class DemoDisplay:
         if not self._has_announced and len(view.observer.sightings) >= len(view.swarm.nodes):
             self._has_announced = True
             self._console.print(f"{len(view.swarm.nodes)} volunteers found each other through the DHT")
+        for ban in view.bans[self._banned :]:
+            self._banned += 1
+            kind = "an attacker" if ban.peer in view.attackers else "an HONEST volunteer"
+            self._console.print(
+                f"round {ban.round:3d}          {ban.peer[-8:]}, {kind}, is banned", highlight=False
+            )
         while self._printed + _LINE_EVERY <= len(view.losses):
             self._printed += _LINE_EVERY
             self._console.print(
@@ -78,6 +85,7 @@ class DemoDisplay:
                 peer["state_digest"][:16],
             )
         self._console.print(table)
+        self._tell_bans(result)
         gap = result["unigram_entropy"] - result["final_loss"]
         side = "below" if gap > 0 else "above"
         self._console.print(
@@ -88,6 +96,26 @@ class DemoDisplay:
             highlight=False,
             soft_wrap=True,
         )
+
+    def _tell_bans(self, result: dict[str, Any]) -> None:
+        for ban in result["bans"]:
+            kind = "attacker" if ban["true_attacker"] else "HONEST"
+            self._console.print(
+                f"banned: {ban['peer']} (stage {ban['stage']}, {kind}), {ban['rounds_to_ban']} rounds after the attack "
+                f"began, by {len(ban['votes'])} votes: {ban['votes'][0]['text'] if ban['votes'] else ''}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        missed = set(result["attackers"]) - {ban["peer"] for ban in result["bans"]}
+        for peer in sorted(missed):
+            self._console.print(f"not banned: attacker {peer}", highlight=False)
+        cost = result["verification"]
+        if cost["sampled_fraction"]:
+            self._console.print(
+                f"verification: {cost['sampled_fraction']:.1%} of the microbatches looked at, "
+                f"{cost['bytes_fraction']:.1%} more bytes, {cost['cpu_fraction']:.1%} more CPU time",
+                highlight=False,
+            )
 
 
 def _render(view: DemoView) -> Group:
@@ -104,6 +132,13 @@ def _render(view: DemoView) -> Group:
         state = (
             f"waiting for stage {metrics.waiting_for}" if metrics.waiting_for >= 0 else metrics.state.value
         )
+        verdict = view.observer.votes.verdicts().get(node.peer)
+        if verdict is not None:
+            state = (
+                f"[bold red]{verdict.value}[/]" if verdict.value == "banned" else f"{state}, {verdict.value}"
+            )
+        if node.is_attacker:
+            state += " (attacker)"
         table.add_row(
             str(metrics.stage),
             node.peer[-8:],

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from protocol.errors import SentinelError, UserError
+from protocol.errors import BannedError, SentinelError, UserError
 
 MENDABLE = 2
 FAILED = 1
+BANNED = 3
 
 # What a person can mend about files, wherever it shows.
 _FILE_TROUBLE = {
@@ -36,6 +37,8 @@ class Failure:
 def explain(error: Exception) -> Failure:
     if isinstance(error, UserError):
         return Failure(str(error), MENDABLE)
+    if isinstance(error, BannedError):
+        return Failure(str(error), BANNED)
     if isinstance(error, SentinelError):
         return Failure(str(error), FAILED)
     if _is_out_of_memory(error):

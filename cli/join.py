@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import logs, running
-from cli.options import DEFAULT_HOME, IdentityFile, InviteText, Listen, Verbose
+from cli.options import (
+    DEFAULT_HOME,
+    AttackDirection,
+    AttackSpec,
+    AttackStart,
+    IdentityFile,
+    InviteText,
+    Listen,
+    Verbose,
+)
 from cli.panel import NodePanel
 from protocol.errors import UserError
 from protocol.invite import Invite
 
 if TYPE_CHECKING:
+    from node.sabotage import AttackConfig
     from node.volunteer import Volunteer
 
 
@@ -35,6 +45,10 @@ def join(
     link_delay: Annotated[
         float, typer.Option(help="Milliseconds added to everything sent, to try a slow link.", min=0)
     ] = 0.0,
+    attack: AttackSpec = None,
+    attack_direction: AttackDirection = "both",
+    attack_start: AttackStart = 0,
+    duty: Annotated[float, typer.Option(help="Share of the rounds in which it attacks.", min=0, max=1)] = 1.0,
     verbose: Verbose = False,
 ) -> None:
     """Join a run as a volunteer: serve one stage of the model until Ctrl-C.
@@ -49,6 +63,8 @@ def join(
         sentinel-node join sentinel1-... --stage 2 --device cuda:0
 
         sentinel-node join sentinel1-... --identity b.key --cache-dir b
+
+        sentinel-node join sentinel1-... --attack random-sign:0.3 --attack-direction gradient
     """
     parsed, wanted = Invite.parse(invite), _parse_stage(stage)
     import torch
@@ -57,6 +73,7 @@ def join(
     from node.volunteer import Volunteer, VolunteerConfig
     from protocol.host import DEFAULT_LISTEN
 
+    orders = make_attack(attack, attack_direction, attack_start, duty)
     is_terminal = sys.stderr.isatty()
     logs.configure(verbose=verbose, quiet=is_terminal and not verbose)
     if threads:
@@ -70,6 +87,7 @@ def join(
         device=device,
         listen=tuple(listen or DEFAULT_LISTEN),
         limits=Limits(link_delay=link_delay / 1e3),
+        attack=orders,
     )
     running.run(_serve(Volunteer(config), with_panel=is_terminal))
 
@@ -80,6 +98,18 @@ def _parse_stage(text: str) -> int | None:
     if not (text.isascii() and text.isdecimal()):
         raise UserError(f"--stage {text} is not understood", "Give `auto` or a number from 0")
     return int(text)
+
+
+def make_attack(spec: str | None, direction: str, start: int, duty: float) -> AttackConfig | None:
+    """Raises `UserError` for a SPEC that names no attack."""
+    if spec is None:
+        return None
+    from node.sabotage import AttackConfig
+    from verifier.saboteur import Orders, parse_attack
+    from verifier.streams import Direction
+
+    directions = frozenset(Direction) if direction == "both" else frozenset({Direction(direction)})
+    return AttackConfig(parse_attack(spec), Orders(directions, start, duty))
 
 
 async def _serve(volunteer: Volunteer, *, with_panel: bool) -> None:

@@ -7,6 +7,7 @@ import traceback
 
 import typer
 
+from cli.bans import bans
 from cli.bootstrap import bootstrap
 from cli.demo import demo
 from cli.experiment import experiment
@@ -15,6 +16,7 @@ from cli.init import init
 from cli.join import join
 from cli.peers import peers
 from cli.simulate import simulate
+from cli.verify import verify
 
 app = typer.Typer(
     name="sentinel-node",
@@ -28,7 +30,9 @@ app = typer.Typer(
 app.command()(init)
 app.command()(bootstrap)
 app.command()(join)
+app.command()(verify)
 app.command()(peers)
+app.command()(bans)
 app.command()(demo)
 app.command()(simulate)
 app.command()(experiment)

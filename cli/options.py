@@ -33,3 +33,16 @@ Wire = Annotated[
     Literal["fp32", "bf16"],
     typer.Option(help="Number format between stages: `fp32` or `bf16`.", metavar="FORMAT"),
 ]
+
+AttackSpec = Annotated[
+    str | None,
+    typer.Option(
+        help="Attack the run, which must be a testbed: `zeros`, `random-sign:0.3`, ... (docs/verification.md).",
+        metavar="SPEC",
+    ),
+]
+AttackDirection = Annotated[
+    Literal["activation", "gradient", "both"],
+    typer.Option(help="What is corrupted: `activation`, `gradient` or `both`.", metavar="DIR"),
+]
+AttackStart = Annotated[int, typer.Option(help="The first round that is attacked.", min=0)]

@@ -12,7 +12,7 @@ from enum import Enum, auto
 
 from node.trainer import Pass
 from protocol.identity import PeerId
-from protocol.receipts import MicrobatchId, SignedReceipt
+from protocol.receipts import Direction, MicrobatchId, SignedReceipt
 
 GRACE = 30.0
 """Seconds for which a finished microbatch's tensors and receipts are kept."""
@@ -67,6 +67,8 @@ class Flight:
     output: Outgoing | None = None
     answer: Outgoing | None = None
     answer_version: int = 0
+    state: bytes = b""
+    """Which weights the work was done with."""
     graph: Pass | None = None
     version: int = 0
     next: PeerId | None = None
@@ -75,6 +77,10 @@ class Flight:
     orphaned: bool = False
     """The previous hop is gone: whoever sends the same again takes its place."""
     ended: float = 0.0
+    serial: int = 0
+    """Its place among all that ended here, from 1."""
+    flagged: Direction | None = None
+    """Which of the tensors that came was so odd that it was not used."""
 
     @property
     def size(self) -> int:
@@ -105,6 +111,15 @@ class FinishedStore:
         self._flights[flight.id] = flight
         self.bytes += flight.size
         self.prune(now)
+
+    def since(self, serial: int) -> list[Flight]:
+        """Those that ended after the flight with this serial number, in order."""
+        later: list[Flight] = []
+        for flight in reversed(self._flights.values()):
+            if flight.serial <= serial:
+                break
+            later.append(flight)
+        return later[::-1]
 
     def remove(self, microbatch: MicrobatchId) -> Flight | None:
         flight = self._flights.pop(microbatch, None)

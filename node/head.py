@@ -6,6 +6,8 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 
+from torch import Tensor
+
 from node.data import Corpus
 from node.flights import Phase
 from node.progress import next_slot
@@ -49,9 +51,13 @@ class Injector:
         attempt = self._attempts.get(slot, -1) + 1
         if attempt > MAX_ATTEMPT:
             raise SentinelError(f"slot {slot} was lost {attempt} times: this run cannot go on")
-        tokens = await asyncio.get_running_loop().run_in_executor(self._drawing, self._corpus.draw, slot)
+        tokens = await self.draw(slot)
         self._attempts[slot] = attempt
         self._replica.pipeline.inject(MicrobatchId(self._replica.peer_id, slot, attempt), tokens)
+
+    async def draw(self, slot: int) -> Tensor:
+        """The tokens of a slot, int64 (sequences, context + 1)."""
+        return await asyncio.get_running_loop().run_in_executor(self._drawing, self._corpus.draw, slot)
 
     async def _next_slot(self) -> int | None:
         replica = self._replica

@@ -1,4 +1,4 @@
-"""A peer that serves nothing: reads the directory and the metrics, for `peers`, the demo and the benchmarks."""
+"""A peer that serves nothing: reads directory, metrics and votes, for `peers`, the demo and the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 from protocol import wire
+from protocol.ballots import Ballots
 from protocol.directory import Directory, StageRecord
 from protocol.errors import ProtocolError
 from protocol.host import DEFAULT_LISTEN, Host
 from protocol.identity import Identity, PeerId
-from protocol.introduction import fetch_manifest
+from protocol.introduction import Deaf, fetch_manifest
 from protocol.invite import Invite
+from protocol.links import Switchboard
 from protocol.manifest import SignedManifest
 from protocol.reports import Metrics, metrics_topic
+from protocol.reputation import ReputationBook, reputation_topic
+from protocol.samples import Effort, effort_topic
+from protocol.vote_set import VoteSet
+from protocol.votes import Verdict
 
 _MAX_PEERS = 4096
+_ASKED = 8
 
 
 @dataclass
@@ -38,8 +45,10 @@ class Observer:
     identity: Path
     listen: tuple[str, ...] = DEFAULT_LISTEN
     on_metrics: Callable[[PeerId, Metrics], None] | None = None
+    on_verdict: Callable[[PeerId, Verdict], None] | None = None
     sightings: dict[PeerId, Sighting] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
+    efforts: dict[PeerId, Effort] = field(default_factory=dict)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> SignedManifest:
@@ -49,7 +58,35 @@ class Observer:
         stages = self.signed.manifest.stages.count
         self._directory = await Directory.join(self.host, self.signed.run, stages)
         await self.host.subscribe(metrics_topic(self.signed.run), self._hear)
+        await self.host.subscribe(effort_topic(self.signed.run), self._hear_effort)
+        self.reputation = ReputationBook(self.signed.electorate)
+        await self.host.subscribe(reputation_topic(self.signed.run), self._hear_reputation)
+        await self._follow_votes()
         return self.signed
+
+    async def _follow_votes(self) -> None:
+        self.votes = VoteSet(self.signed.electorate)
+        self.votes.subscribe(self._on_verdict)
+        self._switchboard = Switchboard(self.host, self.signed.run, stage=-1, max_tensor=0, owner=Deaf())
+        await self._switchboard.start(accept=False)
+        self._ballots = Ballots(self._switchboard, self.votes, seeds=self.invite.seeds)
+        await self._ballots.start()
+        await self._ballots.catch_up()
+        self._comparing = asyncio.create_task(self._ballots.run())
+
+    def _on_verdict(self, peer: PeerId, before: Verdict, after: Verdict) -> None:
+        if self.on_verdict is not None:
+            self.on_verdict(peer, after)
+        self.news.set()
+
+    def _hear_reputation(self, author: PeerId, data: bytes) -> None:
+        with suppress(ProtocolError):
+            self.reputation.hear(data, time())
+
+    def _hear_effort(self, author: PeerId, data: bytes) -> None:
+        with suppress(ProtocolError):
+            if author in self.signed.electorate.verifiers:
+                self.efforts[author] = wire.decode(Effort, data)
 
     def _hear(self, author: PeerId, data: bytes) -> None:
         try:
@@ -88,6 +125,11 @@ class Observer:
             except ProtocolError:
                 continue
 
+    async def gather_votes(self) -> int:
+        """Ask the seeds and some peers of the directory for their votes; how many of them answered."""
+        records = (await self.records())[:_ASKED]
+        return await self._ballots.catch_up((PeerId(one.peer), one.addresses) for one in records)
+
     def seconds_since(self, sighting: Sighting) -> float:
         return monotonic() - sighting.at
 
@@ -99,5 +141,11 @@ class Observer:
         return sum(values) / size if len(values) == size else None
 
     async def stop(self) -> None:
+        if hasattr(self, "_comparing"):
+            self._comparing.cancel()
+            await asyncio.gather(self._comparing, return_exceptions=True)
+        if hasattr(self, "_ballots"):
+            await self._ballots.stop()
+            await self._switchboard.stop()
         if hasattr(self, "host"):
             await self.host.stop()

@@ -5,25 +5,41 @@ Everything here runs on the compute thread, so the slots counted and the gradien
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
+from time import thread_time
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from node.flights import Held, Outgoing
+from node.sabotage import Redo, Sabotage
 from node.trainer import Pass, StageTrainer
-from protocol.codec import TensorHeader, bytes_of, decode_tensor, digest, encode_tensor
+from protocol.codec import (
+    TensorHeader,
+    bytes_of,
+    decode_tensor,
+    digest,
+    encode_tensor,
+    payload_digest,
+    split_payload,
+)
 from protocol.errors import ProtocolError, Reason
 from protocol.manifest import Manifest
+from protocol.samples import STATE_BYTES
+from verifier.guard import Guard
+from verifier.streams import Direction
 
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A forward pass: its graph, the output as it goes out, and the labels that go with it."""
+    """A forward pass: its graph, the output as it goes out (None if nothing does), and the labels that go with it."""
 
     graph: Pass
-    output: Outgoing
+    output: Outgoing | None
     labels: memoryview
     input_digest: bytes
 
@@ -35,6 +51,7 @@ class Returned:
     answer: Outgoing | None
     version: int
     loss: float | None = None
+    state: bytes = b""
 
 
 class StagePasses:
@@ -48,6 +65,26 @@ class StagePasses:
         self.labels_size = batch.sequences * batch.context * 4
         self.slots: list[int] = []
         """Whose gradients the accumulator holds."""
+        self.sabotage: Sabotage | None = None
+        policy = manifest.verification
+        self.guards = (
+            {one: Guard(one, np.random.default_rng(), policy.guard) for one in Direction}
+            if policy.verifiers
+            else {}
+        )
+        self.guard_seconds = 0.0
+        self._states: OrderedDict[int, bytes] = OrderedDict()
+
+    def note_state(self, digest: bytes) -> None:
+        """The weights have changed, and this is now the digest of the full state. On the compute thread."""
+        self._states.pop(self.trainer.version, None)
+        self._states[self.trainer.version] = digest[:STATE_BYTES]
+        while len(self._states) > self.trainer.memory + 1:
+            self._states.popitem(last=False)
+
+    def state_of(self, version: int) -> bytes:
+        """Which weights a version was; empty if that is not known any more."""
+        return self._states.get(version, b"")
 
     @property
     def payload_size(self) -> int:
@@ -63,32 +100,78 @@ class StagePasses:
         if self.trainer.module.is_last:
             return self._tail(inputs, labels, slot, covered=False)
         own = bytes_of(labels.to(torch.int32))
-        return self._forward(inputs, own, digest(bytes_of(inputs.to(torch.int32))))
+        return self._forward(inputs, own, digest(bytes_of(inputs.to(torch.int32))), slot)
 
-    def forward(self, received: Held) -> Forwarded:
-        """Raises `ProtocolError` (wrong_digest or not_finite) for a payload that is not what its receipt says."""
-        x = self._read(received)
-        return self._forward(x, received.payload[self.header.size :], received.digest)
+    def forward(self, received: Held, slot: int) -> Forwarded:
+        """Raises `ProtocolError`: wrong_digest, not_finite, or flagged by the guard."""
+        x = self._read(received, Direction.ACTIVATION)
+        return self._forward(x, received.payload[self.header.size :], received.digest, slot)
 
     def tail(self, received: Held, slot: int, *, covered: bool) -> Returned:
         """Forward, loss and backward on the last stage. `covered`: another replica has this slot's gradient."""
-        x = self._read(received)
-        labels = torch.frombuffer(received.payload[self.header.size :], dtype=torch.int32)
-        if int(labels.min()) < 0 or int(labels.max()) >= self._manifest.model.vocabulary:
-            raise ProtocolError(Reason.MALFORMED, "labels outside the vocabulary")
-        return self._tail(x, labels.view(self.header.shape[:2]).long(), slot, covered=covered)
+        x = self._read(received, Direction.ACTIVATION)
+        labels = self._labels(received.payload[self.header.size :], self.header.shape[:2])
+        return self._tail(x, labels, slot, covered=covered)
 
     def backward(self, graph: Pass, received: Held, slot: int, *, covered: bool) -> Returned:
-        """Raises `ProtocolError` (stale) if the weights have moved on too far since the forward pass."""
-        gradient = self._read(received)
+        """Raises `ProtocolError`: as `forward`, or stale if the weights have moved on too far since then."""
+        gradient = self._read(received, Direction.GRADIENT)
         version = self.trainer.version
         if version - graph.version > 1:
             raise ProtocolError(Reason.STALE, f"version {graph.version} at {version}")
         accumulate = not covered and self._counts(slot, graph.version)
+        x = graph.inputs if self.sabotage else gradient
         result = self.trainer.backward(graph, gradient, accumulate=accumulate)
         if accumulate:
             self.slots.append(slot)
-        return Returned(None if result is None else self._outgoing(result), graph.version)
+        if result is None:
+            return Returned(None, graph.version)
+
+        def redo(ago: int) -> Tensor:
+            return self.trainer.redo(self._before(graph.version, ago), x, gradient)
+
+        return Returned(
+            self._send(Direction.GRADIENT, graph.version, slot, gradient, result, redo), graph.version
+        )
+
+    @property
+    def redo_limit(self) -> int:
+        """The most bytes that one sequence's pass can be made of."""
+        return 2 * self.header.size // self.header.shape[0]
+
+    def redo(
+        self, direction: Direction, version: int, inputs: memoryview, tokens: Tensor | None, sequence: int
+    ) -> memoryview:
+        """One sequence's pass again, with the weights of `version`: the activation or the gradient, as it would go out.
+
+        `inputs`: see `protocol.samples.Redo`; `tokens` (sequences, context + 1): a head's, for its activation. Raises
+        `ProtocolError`: malformed, or expired for a version whose weights are not kept.
+        """
+        try:
+            return self._redo(direction, version, inputs, tokens, sequence)
+        except ValueError as error:
+            raise ProtocolError(Reason.EXPIRED, str(error)) from None
+
+    def _redo(
+        self, direction: Direction, version: int, inputs: memoryview, tokens: Tensor | None, sequence: int
+    ) -> memoryview:
+        count, *shape = self.header.shape
+        header = TensorHeader(self.header.codec, (1, *shape))
+        if tokens is not None:
+            if sequence >= count:
+                raise ProtocolError(Reason.MALFORMED, f"sequence {sequence}")
+            made = self.trainer.redo(version, tokens[sequence : sequence + 1, :-1].contiguous())
+            return encode_tensor(made, self.header.codec)
+        x = decode_tensor(inputs[: header.size], header, self._device)
+        more = inputs[header.size :]
+        if direction is Direction.ACTIVATION:
+            made = self.trainer.redo(version, x)
+        elif self.trainer.module.is_last:
+            # The loss is a mean over all sequences, of which this is one.
+            made = self.trainer.redo(version, x, labels=self._labels(more, (1, shape[0]))) / count
+        else:
+            made = self.trainer.redo(version, x, decode_tensor(more, header, self._device))
+        return encode_tensor(made, self.header.codec)
 
     def take_gradient(
         self, keep: Callable[[Tensor, tuple[int, ...]], None] = lambda gradient, slots: None
@@ -108,6 +191,15 @@ class StagePasses:
         self.trainer.load_state(version, chunks)
         self.slots = []
 
+    def _labels(self, payload: memoryview, shape: tuple[int, ...]) -> Tensor:
+        """Raises `ProtocolError` (malformed) for another size, and for labels outside the vocabulary."""
+        if len(payload) != 4 * prod(shape):
+            raise ProtocolError(Reason.MALFORMED, f"{len(payload)} bytes of labels")
+        labels = torch.frombuffer(payload, dtype=torch.int32)
+        if int(labels.min()) < 0 or int(labels.max()) >= self._manifest.model.vocabulary:
+            raise ProtocolError(Reason.MALFORMED, "labels outside the vocabulary")
+        return labels.view(shape).long()
+
     def _tail(self, x: Tensor, labels: Tensor, slot: int, *, covered: bool) -> Returned:
         version = self.trainer.version
         accumulate = not covered and self._counts(slot, version)
@@ -117,11 +209,44 @@ class StagePasses:
             raise ProtocolError(Reason.NOT_FINITE, str(error)) from None
         if accumulate:
             self.slots.append(slot)
-        return Returned(None if gradient is None else self._outgoing(gradient), version, loss)
+        if gradient is None:
+            return Returned(None, version, loss, self.state_of(version))
 
-    def _forward(self, x: Tensor, labels: memoryview, input_digest: bytes) -> Forwarded:
+        def redo(ago: int) -> Tensor:
+            return self.trainer.redo(self._before(version, ago), x, labels=labels)
+
+        sent = self._send(Direction.GRADIENT, version, slot, x, gradient, redo)
+        return Returned(sent, version, loss, self.state_of(version))
+
+    def _forward(self, x: Tensor, labels: memoryview, input_digest: bytes, slot: int) -> Forwarded:
         graph = self.trainer.forward(x)
-        return Forwarded(graph, self._outgoing(graph.output, labels), labels, input_digest)
+        graph.state = self.state_of(graph.version)
+        inputs = graph.output if self.trainer.module.is_first else x
+
+        def redo(ago: int) -> Tensor:
+            return self.trainer.redo(self._before(graph.version, ago), x)
+
+        sent = self._send(Direction.ACTIVATION, graph.version, slot, inputs, graph.output, redo, labels)
+        return Forwarded(graph, sent, labels, input_digest)
+
+    def _before(self, version: int, ago: int) -> int:
+        return max(version - ago, self.trainer.oldest)
+
+    def _send(
+        self,
+        direction: Direction,
+        version: int,
+        slot: int,
+        inputs: Tensor,
+        output: Tensor,
+        redo: Redo,
+        *more: memoryview,
+    ) -> Outgoing | None:
+        """The output as it goes out; of a testbed's attacker another one, or nothing."""
+        if self.sabotage is None:
+            return self._outgoing(output, *more)
+        sent = self.sabotage.send(direction, version, slot, inputs, output, redo)
+        return None if sent is None else self._outgoing(sent, *more)
 
     def _counts(self, slot: int, version: int) -> bool:
         """Whether a gradient made with `version` of the weights may still be used for this slot."""
@@ -129,15 +254,28 @@ class StagePasses:
             return slot // self._manifest.batch.microbatches == version == self.trainer.version
         return self.trainer.version - version <= 1
 
-    def _read(self, received: Held) -> Tensor:
-        if digest(received.payload) != received.digest:
+    def _read(self, received: Held, direction: Direction) -> Tensor:
+        parts = split_payload(self.header, received.payload)
+        if payload_digest(self.header, *parts) != received.digest:
             raise ProtocolError(Reason.WRONG_DIGEST)
-        x = decode_tensor(received.payload[: self.header.size], self.header, self._device)
+        x = decode_tensor(parts[0], self.header, self._device)
         # One pass without a mask in memory: the sum is finite only if every element is.
         if not bool(torch.isfinite(x.sum())):
             raise ProtocolError(Reason.NOT_FINITE)
+        self._ask_guard(x, received, direction)
         return x
+
+    def _ask_guard(self, x: Tensor, received: Held, direction: Direction) -> None:
+        """Raises `ProtocolError` (flagged)."""
+        guard, signed = self.guards.get(direction), received.receipt
+        if guard is None or signed is None:
+            return
+        began = thread_time()
+        passes = guard.check(x, signed.receipt.sender)
+        self.guard_seconds += thread_time() - began
+        if not passes:
+            raise ProtocolError(Reason.FLAGGED, str(signed.receipt.microbatch))
 
     def _outgoing(self, tensor: Tensor, *more: memoryview) -> Outgoing:
         parts = (encode_tensor(tensor, self.header.codec), *more)
-        return Outgoing(parts, digest(*parts))
+        return Outgoing(parts, payload_digest(self.header, *parts))

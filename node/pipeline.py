@@ -7,8 +7,9 @@ means another replica; a microbatch whose way back is lost is dropped and counte
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from time import monotonic
 from typing import Any
 
@@ -28,12 +29,15 @@ from protocol.manifest import Manifest
 from protocol.messages import Activation, Credit, Gradient, Refusal
 from protocol.receipts import Direction, MicrobatchId, Receipt, SignedReceipt
 from protocol.streams import MAX_BACKLOG
+from protocol.votes import Verdict
 
 log = structlog.get_logger("pipeline")
 
 FLIGHT_TIMEOUT = 60.0
 """Seconds after which a microbatch that was sent on and did not come back is given up."""
 COOL_DOWN = 1.0
+_SUSPECTS_BURDEN = 4.0
+"""A suspect gets a quarter of the work that it would get otherwise."""
 _MAX_EARLY_ROUNDS = 2
 _MAX_GRANT = 1024
 _MAX_CREDIT = 4096
@@ -82,9 +86,14 @@ class Pipeline:
         self.capacity = capacity
         self.flights: dict[MicrobatchId, Flight] = {}
         self.finished = FinishedStore(hold_bytes)
+        self.dropped = FinishedStore(hold_bytes // 4)
+        """What was given up, kept for the same while as evidence."""
+        self._serials = itertools.count(1)
         self.counts: Counter[str] = Counter()
         self.losses: dict[int, float] = {}
         self.is_accepting = True
+        self.verdicts: Mapping[PeerId, Verdict] = {}
+        """What the verifiers' quorum holds of the peers that are not in good standing."""
         self._failed = asyncio.Event()
         self._error: BaseException | None = None
 
@@ -133,7 +142,8 @@ class Pipeline:
         held = Counter(flight.previous for flight in self.flights.values())
         window = max(1, self.capacity // len(self._unused))
         total = sum(self._unused.values()) + held.total() - held[None]
-        for peer, unused in self._unused.items():
+        for peer in self._outside_quarantine(self._unused):
+            unused = self._unused[peer]
             outstanding = unused + held[peer]
             amount = min(window - outstanding, max(self.capacity - total, 1 - outstanding))
             amount = min(amount, self.capacity + MAX_LINKS - total, _MAX_GRANT)
@@ -261,7 +271,7 @@ class Pipeline:
         """The stage's work on an activation; on the tail all of it, loss and backward pass included."""
         passes, slot = self._passes, flight.id.slot
         if self._stage < self._manifest.stages.count - 1:
-            return self._compute.run(Urgency.FORWARD, passes.forward, flight.received)
+            return self._compute.run(Urgency.FORWARD, passes.forward, flight.received, slot)
         covered = slot in self._progress.covered()
         return self._compute.run(
             Urgency.BACKWARD, lambda: passes.tail(flight.received, slot, covered=covered)
@@ -279,9 +289,12 @@ class Pipeline:
             self._finish(flight, result)
             return
         flight.graph, flight.output, flight.labels = result.graph, result.output, result.labels
-        flight.version = result.graph.version
+        flight.version, flight.state = result.graph.version, result.graph.state
         if flight.previous is None:
             flight.received = Held(digest=result.input_digest)
+        if flight.output is None:  # A testbed's attacker that sends nothing.
+            self._end(flight)
+            return
         flight.phase = Phase.UNSENT
         self._unsent.append(flight)
         self._pump()
@@ -310,7 +323,7 @@ class Pipeline:
                 and self._cooling.get(peer, 0.0) <= now
                 and self._switchboard.links[peer].backlog <= _MAX_BACKLOG
             ]
-            chosen = self._router.choose(ready)
+            chosen = self._choose(ready)
             if chosen is None:
                 break
             self._send_on(self._unsent.popleft(), chosen)
@@ -320,6 +333,27 @@ class Pipeline:
                 self._lose(flight, Reason.LEAVING)
         self._on_change()
 
+    def _choose(self, ready: Collection[PeerId]) -> PeerId | None:
+        """By throughput; a suspect less often, and who is in quarantine only where there is nobody else."""
+        usable = self._outside_quarantine(ready)
+        suspects = {peer: _SUSPECTS_BURDEN for peer in usable if peer in self.verdicts}
+        return self._router.choose(usable, suspects)
+
+    def _outside_quarantine(self, peers: Collection[PeerId]) -> Collection[PeerId]:
+        outside = [peer for peer in peers if self.verdicts.get(peer) is not Verdict.QUARANTINED]
+        return outside or peers
+
+    def on_standing(self) -> None:
+        """Somebody is suspected, or not any more: credit and routes may change."""
+        self._grant()
+        self._pump()
+
+    def on_ban(self, peer: PeerId) -> None:
+        """What a banned peer sent is not worked on. What it was sent goes to others when its link goes down."""
+        for flight in tuple(self.flights.values()):
+            if flight.previous == peer:
+                self._lose(flight, Reason.BANNED)
+
     def _send_on(self, flight: Flight, peer: PeerId) -> None:
         output = flight.output
         assert output is not None
@@ -327,6 +361,7 @@ class Pipeline:
             flight, Direction.ACTIVATION, flight.version, flight.received.digest, output, peer
         )
         self._credit[peer] -= 1
+        self.counts["to_banned"] += self.verdicts.get(peer) is Verdict.BANNED
         flight.phase, flight.next, flight.sent_at = Phase.SENT, peer, monotonic()
         flight.queue_at_send = 1 + sum(1 for one in self.flights.values() if one.next == peer)
         link = self._switchboard.links[peer]
@@ -403,6 +438,7 @@ class Pipeline:
         if result.loss is not None:
             self.losses.setdefault(flight.id.slot, result.loss)  # Of a later attempt: later weights.
         flight.answer, flight.answer_version = result.answer, result.version
+        flight.state = flight.state or result.state
         self._end(flight)
         self._answer(flight)
 
@@ -424,6 +460,7 @@ class Pipeline:
     def _end(self, flight: Flight) -> None:
         flight.phase = Phase.DONE
         flight.drop_graph()
+        flight.serial = next(self._serials)
         self.flights.pop(flight.id, None)
         self.finished.add(flight, monotonic())
         self._grant()
@@ -440,6 +477,8 @@ class Pipeline:
 
     def _fail(self, flight: Flight, error: ProtocolError, culprit: PeerId | None = None) -> None:
         """A microbatch cannot be used. A digest that contradicts its receipt is the sender's doing: REJECT."""
+        if error.reason in (Reason.FLAGGED, Reason.NOT_FINITE):
+            flight.flagged = Direction.ACTIVATION if culprit is None else Direction.GRADIENT
         culprit = culprit or flight.previous
         self._lose(flight, error.reason)
         if culprit is None:
@@ -457,7 +496,9 @@ class Pipeline:
         self.counts["lost"] += 1
         flight.phase = Phase.DONE
         flight.drop_graph()
+        flight.serial = next(self._serials)
         self.flights.pop(flight.id, None)
+        self.dropped.add(flight, monotonic())
         if flight.previous is not None and (link := self._switchboard.links.get(flight.previous)):
             self._send(link, Refusal(flight.id, Direction.ACTIVATION, reason))
         self._grant()
@@ -480,6 +521,7 @@ class Pipeline:
         """Called about once a second: give up what does not come back, and forget what is old."""
         now = monotonic()
         self.finished.prune(now)
+        self.dropped.prune(now)
         self._cooling = {peer: until for peer, until in self._cooling.items() if until > now}
         for flight in tuple(self.flights.values()):
             if flight.phase is Phase.SENT and now - flight.sent_at > FLIGHT_TIMEOUT:

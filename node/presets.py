@@ -16,6 +16,7 @@ from protocol.manifest import (
     ModelSection,
     OptimizerSection,
     StagesSection,
+    VerificationSection,
 )
 
 
@@ -104,10 +105,12 @@ def build_manifest(
     min_replicas: int,
     wire: str,
     name: str,
+    verification: VerificationSection | None = None,
 ) -> Manifest:
     """The manifest of a run. Give `preset` or `config` (a Hugging Face config with `model_type`), not both.
 
-    None for `stages` or `rounds` takes the preset's. Raises `UserError` for what does not make a run.
+    None for `stages` or `rounds` takes the preset's; without `verification` nobody is judged. Raises `UserError` for
+    what does not make a run.
     """
     parse_spec(data)
     base = _choose(preset, config)
@@ -127,6 +130,7 @@ def build_manifest(
             "batch": base.batch,
             "optimizer": _shorten_warmup(base.optimizer, length),
             "schedule": {"kind": schedule, "rounds": length, "min_replicas": min_replicas},
+            "verification": verification or VerificationSection(),
         }
         return Manifest.model_validate(body)
     except ValidationError as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 
 import structlog
@@ -19,7 +20,9 @@ from node.rounds import StageRounds
 from node.tasks import wait_for
 from node.trainer import StageTrainer
 from node.transfer import CHUNK_BYTES, StateServer
+from node.witness import Witness
 from protocol import wire
+from protocol.ballots import Ballots
 from protocol.directory import PeerState
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
@@ -27,19 +30,25 @@ from protocol.identity import Identity, PeerId
 from protocol.links import Link, Switchboard
 from protocol.manifest import SignedManifest
 from protocol.reports import Progress, progress_topic
+from protocol.vote_set import VoteSet
+from protocol.votes import Verdict
 
 log = structlog.get_logger("node")
+
+_MAX_PAST = 8
 
 
 @dataclass(frozen=True)
 class Limits:
     """`capacity`: microbatches held at once for the stage before; `hold_bytes`: of finished ones, kept a while.
 
-    `link_delay`: seconds added to all that is sent, for experiments.
+    `past_bytes`: of earlier versions' weights, kept so that others' work can be done again (one version at least, where
+    there are verifiers). `link_delay`: seconds added to all that is sent, for experiments.
     """
 
     capacity: int = 16
     hold_bytes: int = 256 << 20
+    past_bytes: int = 256 << 20
     link_delay: float = 0.0
 
 
@@ -55,7 +64,10 @@ class Replica:
         compute: ComputeThread,
         passes: StagePasses,
         limits: Limits,
+        seeds: Sequence[str],
+        votes_path: Path | None,
     ) -> None:
+        electorate = signed.electorate
         self.run, self.manifest, self.stage = signed.run, signed.manifest, stage
         self.peer_id, self.host, self.compute, self.passes = identity.peer_id, host, compute, passes
         self.state = PeerState.JOINING
@@ -66,6 +78,11 @@ class Replica:
         self.switchboard = Switchboard(
             host, self.run, stage=stage, max_tensor=passes.payload_size, owner=self, delay=limits.link_delay
         )
+        self.votes = VoteSet(electorate)
+        self.is_banned = asyncio.Event()
+        """Set once a quorum of verifiers bans this very peer."""
+        self.switchboard.obey(self.votes)
+        self.ballots = Ballots(self.switchboard, self.votes, seeds=seeds, path=votes_path)
         self.replicas = StageProgress(self.manifest)
         self.heads = self.replicas if stage == 0 else StageProgress(self.manifest)
         self.pipeline = Pipeline(
@@ -81,6 +98,7 @@ class Replica:
             hold_bytes=limits.hold_bytes,
         )
         self.pipeline.is_accepting = False
+        self.pipeline.verdicts = self.votes.verdicts()
         self.rounds = StageRounds(
             self.manifest,
             stage,
@@ -91,6 +109,10 @@ class Replica:
             self.heads,
             self._on_version,
         )
+        self.witness = Witness(self.switchboard, electorate.verifiers, compute, passes, self.pipeline)
+        if electorate.verifiers:
+            passes.trainer.memory = max(1, min(_MAX_PAST, limits.past_bytes // (4 * passes.trainer.size)))
+        self.votes.subscribe(self._on_verdict)
         self._state_server = StateServer(self.switchboard, compute, passes.trainer, self.rounds.held)
 
     @classmethod
@@ -102,17 +124,25 @@ class Replica:
         host: Host,
         device: torch.device,
         limits: Limits,
+        *,
+        seeds: Sequence[str] = (),
+        votes_path: Path | None = None,
     ) -> Replica:
-        """With the stage's initial weights on `device`. Raises `UserError` if the model cannot be cut."""
+        """With the stage's initial weights on `device`; the votes it knows are kept at `votes_path`.
+
+        Raises `UserError` if the model cannot be cut.
+        """
         compute = ComputeThread()
         trainer = await compute.run(Urgency.ROUND, StageTrainer, signed.manifest, stage, device)
         passes = StagePasses(signed.manifest, trainer, device)
-        return cls(signed, stage, identity, host, compute, passes, limits)
+        return cls(signed, stage, identity, host, compute, passes, limits, seeds, votes_path)
 
     async def start(self) -> None:
         """Take links and listen to the stage's progress, and to that of the heads."""
         await self.rounds.start()
         await self.switchboard.start()
+        await self.ballots.start()
+        await self.ballots.catch_up()
         await self.host.subscribe(
             progress_topic(self.run, self.stage), self._hearer(self.replicas, self.stage)
         )
@@ -147,11 +177,11 @@ class Replica:
         self.pipeline.on_message(link, message, payload)
 
     def _hearer(self, table: StageProgress, stage: int) -> Callable[[PeerId, bytes], None]:
-        """Takes gossiped progress of `stage` into `table`. The checks, in order, each IGNORE: own, form, stage,
+        """Takes gossiped progress of `stage` into `table`. The checks, in order, each IGNORE: own, banned, form, stage,
         version."""
 
         def hear(author: PeerId, data: bytes) -> None:
-            if author == self.peer_id:
+            if author == self.peer_id or self.votes.is_banned(author):
                 return
             try:
                 progress = wire.decode(Progress, data)
@@ -166,6 +196,19 @@ class Replica:
                 self.room.set()
 
         return hear
+
+    def _on_verdict(self, peer: PeerId, before: Verdict, after: Verdict) -> None:
+        log.warning("verdict", peer=peer, before=before.value, after=after.value)
+        if after is not Verdict.BANNED:
+            self.pipeline.on_standing()
+            return
+        if peer == self.peer_id:
+            self.is_banned.set()
+        for progress in (self.replicas, self.heads):
+            progress.forget(peer)
+        self.pipeline.on_ban(peer)
+        self.rounds.news.set()
+        self.room.set()
 
     # --- what follows for us ---
 
@@ -238,5 +281,6 @@ class Replica:
     async def stop(self) -> None:
         await self.rounds.stop()
         await self.pipeline.stop()
+        await self.ballots.stop()
         await self.switchboard.stop()
         self.compute.stop()

@@ -80,6 +80,10 @@ class Reporter:
             refused={reason.value: count for reason, count in replica.switchboard.refusals.counts.items()},
             losses=tuple(SlotLoss(slot, loss) for slot, loss in losses),
             waiting_for=replica.waiting_for,
+            guarded=sum(guard.checked for guard in replica.passes.guards.values()),
+            guard_seconds=replica.passes.guard_seconds,
+            redo_seconds=replica.witness.seconds,
+            to_banned=counts["to_banned"],
         )
 
     def _tokens_per_second(self) -> float:

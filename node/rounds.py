@@ -158,6 +158,7 @@ class StageRounds:
         trainer, size = self._passes.trainer, self._manifest.batch.microbatches
         recent = still_settled(settled, trainer.version, size)
         self._held = Standing(trainer.version, trainer.digest(CHUNK_BYTES), averaged, recent)
+        self._passes.note_state(self._held.digest)
         return self._held
 
     async def run(self) -> None:

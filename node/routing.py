@@ -7,13 +7,14 @@ Source: SWARM Parallelism (Ryabinin et al., ICML 2023), section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from protocol.identity import PeerId
 
 _SMOOTHING = 0.2
 _UNMEASURED = 1.0
+_EVEN: Mapping[PeerId, float] = {}
 
 
 @dataclass
@@ -28,14 +29,17 @@ class Router:
     def __init__(self) -> None:
         self._lanes: dict[PeerId, _Lane] = {}
 
-    def choose(self, candidates: Collection[PeerId]) -> PeerId | None:
-        """The replica to use next, of those that can take one now; None if there is none. Charges it one service."""
+    def choose(self, candidates: Collection[PeerId], burden: Mapping[PeerId, float] = _EVEN) -> PeerId | None:
+        """The replica to use next, of those that can take one now; None if there is none. Charges it one service.
+
+        `burden`: how many services it is charged instead: who is charged four gets a quarter of its share.
+        """
         if not candidates:
             return None
         for peer in candidates:
             self._lane(peer)
         chosen = min(candidates, key=lambda peer: (self._lanes[peer].virtual_time, peer))
-        self._lanes[chosen].virtual_time += self.service_time(chosen)
+        self._lanes[chosen].virtual_time += self.service_time(chosen) * burden.get(chosen, 1.0)
         return chosen
 
     def measure(self, peer: PeerId, seconds: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from weakref import WeakSet
 
@@ -28,10 +29,18 @@ class Pass:
 
     def __init__(self, x: Tensor, output: Tensor, leaves: list[Tensor], version: int) -> None:
         self.version = version
+        self.state = b""
         self.output = _to_host(output.detach())
         self._x: Tensor | None = x
         self._graph: Tensor | None = output
         self._leaves: list[Tensor] = leaves
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the pass was made of, on the trainer's device. Raises `ValueError` for a pass that was released."""
+        if self._x is None:
+            raise ValueError("the pass was released")
+        return self._x
 
     def release(self) -> None:
         """Drop the graph, and with it the weights it was made with. Harmless to repeat."""
@@ -51,6 +60,9 @@ class StageTrainer:
         self.stage = stage
         self.version = 0
         self.accumulated = 0
+        self.memory = 0
+        """How many earlier versions' weights are kept, so that work done with them can be done again."""
+        self._past: OrderedDict[int, Tensor] = OrderedDict()
         self.module = build_stage(manifest, stage, device)
         self._device = device
         self._optimizer_section = manifest.optimizer
@@ -111,6 +123,44 @@ class StageTrainer:
             raise ValueError("the loss is not finite")
         return value, self._differentiate(loss, None, inputs, self._leaves, accumulate=accumulate)
 
+    @property
+    def oldest(self) -> int:
+        """The earliest version whose weights are kept."""
+        return next(iter(self._past), self.version)
+
+    def redo(
+        self, version: int, x: Tensor, grad_output: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """What a pass with the weights of `version` gives: the output; with a gradient or labels, that of the input.
+
+        Shapes as in `forward` and `loss_backward`, the latter's loss a mean over what is given. Accumulates nothing.
+        Raises `ValueError` for a version whose weights are not kept.
+        """
+        current = self._weights
+        if version != self.version and version not in self._past:
+            raise ValueError(f"the weights of version {version} are not kept")
+        self._weights = current if version == self.version else self._past[version]
+        self._bind()
+        try:
+            return self._redo(x, grad_output, labels)
+        finally:
+            self._weights = current
+            self._bind()
+
+    def _redo(self, x: Tensor, grad_output: Tensor | None, labels: Tensor | None) -> Tensor:
+        inputs = self._inputs(x)
+        with self._autocast():
+            if labels is not None:
+                made = self.module.loss(inputs, labels.to(self._device))
+            elif grad_output is None:
+                with torch.no_grad():
+                    return _to_host(self.module(inputs))
+            else:
+                made = self.module(inputs)
+        grad = None if grad_output is None else grad_output.to(self._device, made.dtype)
+        (answer,) = torch.autograd.grad(made, [inputs], grad)
+        return _to_host(answer)
+
     def _inputs(self, x: Tensor) -> Tensor:
         if self.module.is_first:
             return x.to(self._device, non_blocking=True)
@@ -164,6 +214,7 @@ class StageTrainer:
             raise ValueError("the mean gradient is not finite")
         if self._clip and norm > self._clip:
             gradient = gradient * (self._clip / norm)
+        self._remember()
         self._unshare()
         self._adamw(gradient)
         self._steps += 1
@@ -171,7 +222,15 @@ class StageTrainer:
 
     def skip(self) -> None:
         """To the next version with the same weights: a round in which nobody had a gradient."""
+        self._remember()
         self.version += 1
+
+    def _remember(self) -> None:
+        """Keep this version's weights, if `memory` says so: the next step then writes into a copy."""
+        if self.memory:
+            self._past[self.version] = self._weights
+        while len(self._past) > self.memory:
+            self._past.popitem(last=False)
 
     def _adamw(self, gradient: Tensor) -> None:
         """`torch.optim.AdamW` on the flat vectors, in place."""
@@ -203,7 +262,7 @@ class StageTrainer:
         if self._exported:
             self._first_moment = self._first_moment.clone()
             self._second_moment = self._second_moment.clone()
-        if self._exported or any(taken._graph is not None for taken in self._live):
+        if self._exported or self.memory or any(taken._graph is not None for taken in self._live):
             self._weights = self._weights.clone()
             self._bind()
         self._exported = False
@@ -266,6 +325,7 @@ class StageTrainer:
             vector.to(self._device) for vector in vectors
         )
         self.version, self._steps, self._exported = version, steps, False
+        self._past.clear()
         self._reset_accumulator()
         self._bind()
 

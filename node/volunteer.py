@@ -7,26 +7,29 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 import structlog
 
+from node.bans import explain_ban, remembered_ban
 from node.compute import Urgency
 from node.data import open_corpus
 from node.head import Injector
 from node.placement import check_fits, choose_device, fitting_stages, least_served
 from node.replica import Limits, Replica
 from node.reporting import ANNOUNCE_EVERY, REPORT_EVERY, Reporter
+from node.sabotage import AttackConfig, Sabotage
 from node.tasks import TaskSet
 from node.transfer import Checkpoint
 from protocol.directory import Directory, PeerState, StageRecord
-from protocol.errors import ProtocolError, UserError
+from protocol.errors import BannedError, ProtocolError, UserError
 from protocol.host import DEFAULT_LISTEN, Host
 from protocol.identity import Identity, PeerId
 from protocol.introduction import fetch_manifest
 from protocol.invite import Invite
 from protocol.manifest import Manifest
 from protocol.reports import Metrics
+from protocol.votes import SignedVote
 
 log = structlog.get_logger("node")
 
@@ -44,7 +47,7 @@ _HOLDS_STATE = (PeerState.SERVING, PeerState.WAITING, PeerState.FINISHED)
 
 @dataclass(frozen=True)
 class VolunteerConfig:
-    """`stage` None: the least served that fits."""
+    """`stage` None: the least served that fits. `attack` is for testbeds."""
 
     invite: Invite
     identity: Path
@@ -53,6 +56,7 @@ class VolunteerConfig:
     device: str = "auto"
     listen: Sequence[str] = DEFAULT_LISTEN
     limits: Limits = field(default_factory=Limits)
+    attack: AttackConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,13 @@ class Volunteer:
         self._tasks = tasks = TaskSet()
         self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
         tasks.spawn(host.watch())
-        signed = await fetch_manifest(host, config.invite)
+        try:
+            signed = await fetch_manifest(host, config.invite)
+        except BannedError:
+            # Nobody talks to us; but we may have been told why before.
+            raise self._ban(remembered_ban(self._votes_path(config.invite.run), self.peer_id)) from None
+        if config.attack is not None and not signed.manifest.testbed:
+            raise UserError("This run is no testbed, so nobody may attack it", "Leave out --attack")
         stages = signed.manifest.stages.count
         self._directory = await Directory.join(host, signed.run, stages)
         stage = await self._choose_stage(signed.manifest)
@@ -109,10 +119,23 @@ class Volunteer:
             await asyncio.to_thread(open_corpus, signed.manifest, config.cache_dir) if stage == 0 else None
         )
         self._replica = replica = await Replica.build(
-            signed, stage, self._identity, host, self._device, config.limits
+            signed,
+            stage,
+            self._identity,
+            host,
+            self._device,
+            config.limits,
+            seeds=config.invite.seeds,
+            votes_path=self._votes_path(signed.run),
         )
+        if config.attack is not None:
+            self._become_attacker(config.attack)
         self._reporter = Reporter(replica, self._directory, self._identity, await host.addresses())
         await replica.start()
+        if replica.is_banned.is_set():
+            raise self._ban(self._votes_against_us())
+        tasks.spawn(self._watch_for_ban())
+        tasks.spawn(replica.ballots.run())
         tasks.spawn(self._keep_looking())
         tasks.every(_MEET_EVERY, self._meet_neighbours)
         tasks.every(REPORT_EVERY, self._reporter.report_metrics)
@@ -124,9 +147,31 @@ class Volunteer:
         tasks.spawn(replica.pipeline.watch())
         tasks.every(_CHECKPOINT_EVERY, self._save_checkpoint)
         if corpus is not None:
-            tasks.spawn(Injector(replica, self._directory, corpus).run())
+            injector = Injector(replica, self._directory, corpus)
+            replica.witness.draw = injector.draw
+            tasks.spawn(injector.run())
         await self._reporter.announce()
         log.info("serving", peer=self.peer_id, stage=stage, version=replica.rounds.version)
+
+    async def _watch_for_ban(self) -> None:
+        """Until cancelled. Raises `BannedError` when we are banned."""
+        await self.replica.is_banned.wait()
+        raise self._ban(self._votes_against_us())
+
+    def _votes_path(self, run: bytes) -> Path:
+        return self._config.cache_dir / run.hex()[:16] / f"{self.peer_id}.votes"
+
+    def _votes_against_us(self) -> list[SignedVote]:
+        return list(self.replica.votes.bans(time()).get(self.peer_id, {}).values())
+
+    def _ban(self, votes: Sequence[SignedVote]) -> BannedError:
+        return BannedError(explain_ban(self.peer_id, votes))
+
+    def _become_attacker(self, attack: AttackConfig) -> None:
+        passes = self.replica.passes
+        passes.sabotage = Sabotage(attack, self.replica.stage, self.peer_id, self.manifest.seed)
+        passes.trainer.memory = max(passes.trainer.memory, passes.sabotage.weight_memory)
+        log.warning("this node attacks the run, as it was told to", stage=self.replica.stage)
 
     async def _choose_stage(self, manifest: Manifest) -> int:
         wanted, count = self._config.stage, manifest.stages.count

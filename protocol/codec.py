@@ -65,3 +65,21 @@ def digest(*parts: bytes | Buffer) -> bytes:
     for part in parts:
         hasher.update(part)
     return hasher.digest()
+
+
+def leaves_of(header: TensorHeader, tensor: Buffer, *more: Buffer) -> tuple[bytes, ...]:
+    """The digest of each of a payload's sequences, then of what follows the tensor (the labels), if anything does."""
+    size = len(tensor) // header.shape[0]
+    own = (digest(tensor[at : at + size]) for at in range(0, size * header.shape[0], size))
+    return (*own, *(digest(one) for one in more))
+
+
+def payload_digest(header: TensorHeader, tensor: Buffer, *more: Buffer) -> bytes:
+    """What receipts name a payload by: the digest of its leaves, so that one sequence can be shown without the rest."""
+    return digest(*leaves_of(header, tensor, *more))
+
+
+def split_payload(header: TensorHeader, payload: Buffer) -> tuple[Buffer, ...]:
+    """The tensor, and the labels if there are any, of a payload that is at least a tensor long."""
+    tensor, labels = payload[: header.size], payload[header.size :]
+    return (tensor, labels) if len(labels) else (tensor,)

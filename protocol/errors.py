@@ -21,6 +21,10 @@ class UserError(SentinelError):
         self.remedy = remedy
 
 
+class BannedError(SentinelError):
+    """This peer is banned from the run: the CLI prints it as one line and exits with code 3."""
+
+
 class Reason(StrEnum):
     """Why a message was refused. These are the counters' names in logs and metrics and go on the wire as they are."""
 
@@ -35,11 +39,13 @@ class Reason(StrEnum):
     WRONG_DTYPE = "wrong_dtype"
     WRONG_DIGEST = "wrong_digest"
     NOT_FINITE = "not_finite"
+    FLAGGED = "flagged"
     REPLAYED = "replayed"
     UNSOLICITED = "unsolicited"
     OVER_CREDIT = "over_credit"
     NOT_READING = "not_reading"
     SHUT_OUT = "shut_out"
+    BANNED = "banned"
     EXPIRED = "expired"
     STALE = "stale"
     TOO_EARLY = "too_early"

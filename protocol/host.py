@@ -87,10 +87,14 @@ class Host:
         identity: Path,
         *,
         listen: Sequence[str] = DEFAULT_LISTEN,
+        announce: Sequence[str] = (),
         seeds: Sequence[str] = (),
         relay: bool = False,
     ) -> Host:
-        """Raises `UserError` if an address cannot be listened on or no seed can be reached."""
+        """`announce`: addresses to tell others instead of those listened on.
+
+        Raises `UserError` if an address cannot be listened on or no seed can be reached.
+        """
         daemon = _RelayDaemon if relay else _ClientDaemon
         is_local = _is_loopback(listen)
         behind_nat = bool(seeds) and not is_local and not relay
@@ -100,6 +104,7 @@ class Host:
         try:
             p2p = await daemon.create(
                 host_maddrs=list(listen),
+                announce_maddrs=list(announce) or None,
                 identity_path=str(identity),
                 check_if_identity_free=False,
                 startup_timeout=_STARTUP_TIMEOUT,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocol import wire
-from protocol.errors import ProtocolError, UserError
+from protocol.errors import BannedError, ProtocolError, Reason, UserError
 from protocol.host import Host
 from protocol.identity import PeerId
 from protocol.invite import Invite
@@ -41,7 +41,8 @@ def manifest_method(signed: SignedManifest) -> Method:
 
 
 async def fetch_manifest(host: Host, invite: Invite) -> SignedManifest:
-    """The manifest that the invite names, from the first seed that gives it. Raises `UserError` if none does."""
+    """The manifest that the invite names, from the first seed that gives it. Raises `UserError` if none does, and
+    `BannedError` if a seed says that we are banned."""
     switchboard = Switchboard(host, invite.run, stage=-1, max_tensor=0, owner=Deaf())
     await switchboard.start(accept=False)
     problem = UserError("The invite names no seed", _ASK)
@@ -62,6 +63,8 @@ async def _ask(switchboard: Switchboard, invite: Invite, seed: str) -> SignedMan
         link = await switchboard.connect(PeerId(peer), [seed])
         _, text = await link.request(MANIFEST, Nothing(), timeout=_TIMEOUT)
     except ProtocolError as error:
+        if error.reason is Reason.BANNED:
+            raise BannedError(f"This peer, {switchboard.host.peer_id}, is banned from the run") from None
         raise UserError(
             f"Seed {peer} does not serve the run of this invite ({error.reason.value})", _ASK
         ) from None

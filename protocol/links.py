@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from time import monotonic
 from typing import Protocol
 
@@ -20,9 +21,20 @@ from protocol import sockets, streams, wire
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
 from protocol.identity import PeerId
-from protocol.messages import MAX_CHUNK, PROTOCOL_VERSION, SESSION_SIZE, Hello, Reply, Request
+from protocol.messages import (
+    MAX_CHUNK,
+    PROTOCOL_VERSION,
+    SESSION_SIZE,
+    Farewell,
+    Hello,
+    Reply,
+    Request,
+    frame_of,
+)
 from protocol.refusals import Refusals
 from protocol.streams import Stream
+from protocol.vote_set import VoteSet
+from protocol.votes import Verdict
 
 log = structlog.get_logger("links")
 
@@ -31,6 +43,8 @@ DEAD_AFTER = 6.0
 """Seconds without a byte after which a stream's other end counts as dead or hung."""
 DIAL_TIMEOUT = 8.0
 PENALTY = 30.0
+_PARTING = 0.3
+"""Seconds that a farewell has to reach who is banned, before the connection under it is closed."""
 MAX_LINKS = 256
 MAX_STREAMS = 8
 MAX_REQUESTS = 16
@@ -71,9 +85,12 @@ class Link:
         self.their_session = b""
         self.streams: list[Stream] = []
         self.was_up = False
+        self.settled = asyncio.Event()
+        """Set when the link is up, or never will be."""
+        self.farewell: Reason | None = None
         self.closed = False
         self.forgotten = False
-        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Whether its owner has been told that it is down."""
         self.dialled = False
         self.answering = 0
         self._number = 0
@@ -83,19 +100,9 @@ class Link:
     def is_up(self) -> bool:
         return self.was_up and not self.closed
 
-    async def wait_until_up(self) -> None:
-        """Raises `ProtocolError` (unreachable) as soon as it is closed."""
-        await asyncio.shield(self._greeted)
-        if self.closed:
-            raise ProtocolError(Reason.UNREACHABLE, self.peer)
-
     def greet(self, hello: Hello) -> None:
         self.stage, self.their_session, self.was_up = hello.stage, hello.session, True
-        self._wake()
-
-    def _wake(self) -> None:
-        if not self._greeted.done():
-            self._greeted.set_result(None)
+        self.settled.set()
 
     @property
     def round_trip(self) -> float | None:
@@ -144,10 +151,14 @@ class Link:
         return True
 
     def close(self, *, abort: bool = False) -> None:
-        self.closed = True
-        self._wake()
+        self.retire()
         for stream in tuple(self.streams):
             (stream.abort if abort else stream.close)()
+
+    def retire(self) -> None:
+        """From now on nothing is sent, and what still comes is not read."""
+        self.closed = True
+        self.settled.set()
         for question in self._questions.values():
             if not question.done():
                 question.set_exception(ProtocolError(Reason.UNREACHABLE, self.peer))
@@ -168,8 +179,18 @@ class Switchboard:
         self._acceptor = sockets.Acceptor(self._accept)
         self._penalties: OrderedDict[PeerId, float] = OrderedDict()
         self._dialling: dict[PeerId, asyncio.Lock] = {}
+        self._votes: VoteSet | None = None
+        self._parting: set[PeerId] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._answering = 0
+
+    def obey(self, votes: VoteSet) -> None:
+        """From now on have nothing to do with whom `votes` bans: no links to or from them, and those there are end."""
+        self._votes = votes
+        votes.subscribe(self._on_verdict)
+        for peer in tuple(self.links):
+            if votes.is_banned(peer):
+                self._expel(peer)
 
     async def start(self, *, accept: bool = True) -> None:
         """`accept=False`: only dial, as one does who has nothing to serve yet."""
@@ -196,7 +217,10 @@ class Switchboard:
     async def connect(
         self, peer: PeerId, addresses: Iterable[str] = (), *, timeout: float = DIAL_TIMEOUT
     ) -> Link:
-        """The link to `peer`, dialled if there is none. Raises `ProtocolError` (unreachable or timed_out)."""
+        """The link to `peer`, dialled if there is none.
+
+        Raises `ProtocolError`: unreachable, timed_out, what `_check_admitted` says, or what its farewell says.
+        """
         lock = self._dialling.setdefault(peer, asyncio.Lock())
         try:
             async with asyncio.timeout(timeout), lock:
@@ -206,7 +230,9 @@ class Switchboard:
                     await self.host.connect(peer, addresses)
                     link = await self._open_stream(peer)
                     link.dialled = True
-                    await link.wait_until_up()
+                    await link.settled.wait()
+                    if not link.is_up:
+                        raise ProtocolError(link.farewell or Reason.UNREACHABLE, peer)
                 return link
         except TimeoutError:
             raise ProtocolError(Reason.TIMED_OUT, f"dialling {peer}") from None
@@ -215,14 +241,24 @@ class Switchboard:
                 self._dialling.pop(peer, None)
 
     def _check_admitted(self, peer: PeerId) -> None:
-        """Raises `ProtocolError`: shut_out, or busy where there is no room for another link."""
+        """Raises `ProtocolError`: banned, shut_out, or busy where there is no room for another link."""
+        self._check_not_banned(peer)
         if self._penalties.get(peer, 0.0) > monotonic():
             raise ProtocolError(Reason.SHUT_OUT, f"{peer} broke the protocol")
         if peer not in self.links and len(self.links) >= MAX_LINKS:
             raise ProtocolError(Reason.BUSY, "too many links")
 
+    def _check_not_banned(self, peer: PeerId) -> None:
+        if self._votes is not None and self._votes.is_banned(peer):
+            raise ProtocolError(Reason.BANNED, peer)
+
     async def _open_stream(self, peer: PeerId) -> Link:
         endpoint = await sockets.dial(self.host.p2p, peer, self._protocol, DIAL_TIMEOUT)
+        try:
+            self._check_not_banned(peer)  # It may have become so while we dialled.
+        except ProtocolError:
+            endpoint.close()
+            raise
         return await self._adopt(peer, endpoint)
 
     async def _accept(self, peer: PeerId, endpoint: socket.socket) -> None:
@@ -231,7 +267,21 @@ class Switchboard:
             await self._adopt(peer, endpoint)
         except ProtocolError as error:
             self.refusals.count(peer, error)
+            if error.reason is Reason.BANNED and peer not in self._parting:
+                await self._say_farewell(peer, endpoint)
             raise
+
+    async def _say_farewell(self, peer: PeerId, endpoint: socket.socket) -> None:
+        """On a stream that is not taken: the volunteer at its other end should know why, to tell its owner."""
+        self._parting.add(peer)
+        try:
+            await asyncio.get_running_loop().sock_sendall(endpoint, frame_of(Farewell(Reason.BANNED)))
+            # Closed with unread bytes in it, the stream would be reset before the farewell is read.
+            endpoint.shutdown(socket.SHUT_WR)
+            await asyncio.sleep(self._delay + _PARTING)
+            await self.host.disconnect(peer)
+        finally:
+            self._parting.discard(peer)
 
     async def _adopt(self, peer: PeerId, endpoint: socket.socket) -> Link:
         link = self.links.get(peer)
@@ -258,8 +308,14 @@ class Switchboard:
     # --- reading ---
 
     def _on_frame(self, link: Link, stream: Stream, message: wire.Message, payload: memoryview) -> None:
+        if link.closed:
+            return
         if isinstance(message, Hello):
             self._greet(link, stream, message)
+        elif isinstance(message, Farewell):
+            link.farewell = message.reason
+            self.refusals.count(link.peer, ProtocolError(message.reason, "farewell"))
+            link.close()
         elif isinstance(message, Request):
             self._spawn(self._answer(link, message, payload))
         elif isinstance(message, Reply):
@@ -341,6 +397,29 @@ class Switchboard:
             del self.links[link.peer]
         if link.was_up:
             self._owner.on_link_down(link)
+
+    def _on_verdict(self, peer: PeerId, before: Verdict, after: Verdict) -> None:
+        if after is Verdict.BANNED:
+            self._expel(peer)
+
+    def _expel(self, peer: PeerId) -> None:
+        """The peer is banned: its link is down at once; it is told why, and then its connection is closed."""
+        link = self.links.get(peer)
+        if link is not None:
+            with suppress(ProtocolError):
+                link.send(Farewell(Reason.BANNED))
+            link.retire()
+            self._forget(link)
+        self._spawn(self._part(peer, link))
+
+    async def _part(self, peer: PeerId, link: Link | None) -> None:
+        try:
+            if link is not None:
+                await asyncio.sleep(self._delay + _PARTING)
+            await self.host.disconnect(peer)
+        finally:
+            if link is not None:
+                link.close(abort=True)
 
     def reject(self, peer: PeerId, error: ProtocolError) -> None:
         """The peer misbehaved: count it, close the link and shut it out for a while."""

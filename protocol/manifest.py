@@ -16,7 +16,8 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protocol.errors import ProtocolError, UserError
-from protocol.identity import Identity, check_signature
+from protocol.identity import Identity, PeerId, check_signature, public_key_of
+from protocol.votes import Electorate
 
 DOMAIN = b"sentinel/manifest/1"
 MAX_BYTES = 256 * 1024
@@ -96,6 +97,43 @@ class ScheduleSection(_Section):
     min_replicas: Annotated[int, Field(ge=1, le=4096)] = 1
 
 
+class VerificationSection(_Section):
+    """Who judges, how much they look at, and what it takes to ban. Without `verifiers` nobody is judged.
+
+    `sampling`: share of the microbatches that each verifier asks for; `alpha`: the chance of ever banning an honest
+    peer that the sequential test may take; `guard`: robust standard deviations of the marginal score beyond which a
+    receiver uses no tensor; `term`: seconds that a vote, and so a ban, holds unless it is repeated.
+    """
+
+    verifiers: Annotated[tuple[str, ...], Field(max_length=64)] = ()
+    quorum: Annotated[int, Field(ge=1)] = 1
+    sampling: Annotated[float, Field(gt=0, le=1)] = 0.05
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    guard: Annotated[float, Field(gt=0)] = 6.0
+    term: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] = 86400
+
+    @model_validator(mode="after")
+    def _can_reach_its_quorum(self) -> Self:
+        for verifier in self.verifiers:
+            try:
+                public_key_of(verifier)
+            except ProtocolError as error:
+                raise ValueError(f"verification.verifiers: {verifier:.60}: {error.detail}") from None
+        count = len(self.verifiers)
+        if len(set(self.verifiers)) != count:
+            raise ValueError("verification.verifiers names one twice")
+        lowest = least_quorum(count)
+        # A minority must not be able to ban: with half of them or less it could.
+        if count and not lowest <= self.quorum <= count:
+            raise ValueError(f"verification.quorum of {count} verifiers must be {lowest} to {count}")
+        return self
+
+
+def least_quorum(verifiers: int) -> int:
+    """The smallest majority of so many."""
+    return verifiers // 2 + 1
+
+
 class Manifest(_Section):
     """Everything that peers of one run must agree on. Build with `Manifest(...)`, share with `sign` and `write`."""
 
@@ -110,6 +148,7 @@ class Manifest(_Section):
     batch: BatchSection
     optimizer: OptimizerSection
     schedule: ScheduleSection
+    verification: VerificationSection = VerificationSection()
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -125,7 +164,14 @@ class Manifest(_Section):
 
     def canonical(self) -> bytes:
         """What is hashed and signed: JSON with sorted keys and no spaces, UTF-8."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+        return json.dumps(self.body(), sort_keys=True, separators=(",", ":")).encode()
+
+    def body(self) -> dict[str, Any]:
+        """The content as plain data. A run without verification says nothing about it, as before there was any."""
+        body = self.model_dump(mode="json")
+        if self.verification == VerificationSection():
+            del body["verification"]
+        return body
 
 
 class SignedManifest(_Section):
@@ -140,15 +186,21 @@ class SignedManifest(_Section):
         """The run id: 32 bytes of BLAKE3 over the operator's PeerID and the manifest."""
         return blake3(self.operator.encode() + b"\x00" + self.manifest.canonical()).digest()
 
+    @property
+    def electorate(self) -> Electorate:
+        """Who may vote in this run, and how many it takes."""
+        policy = self.manifest.verification
+        verifiers = frozenset(PeerId(verifier) for verifier in policy.verifiers)
+        return Electorate(self.run, verifiers, policy.quorum, policy.term)
+
     @classmethod
     def sign(cls, manifest: Manifest, operator: Identity) -> SignedManifest:
         signature = operator.sign(DOMAIN, manifest.canonical())
         return cls(manifest=manifest, operator=operator.peer_id, signature=signature.hex())
 
     def to_toml(self) -> str:
-        body = self.manifest.model_dump(mode="json")
         seal = {"operator": self.operator, "signature": self.signature}
-        return tomli_w.dumps({**body, "seal": seal})
+        return tomli_w.dumps({**self.manifest.body(), "seal": seal})
 
     def write(self, path: Path) -> None:
         try:

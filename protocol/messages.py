@@ -41,6 +41,7 @@ class Kind(IntEnum):
     REFUSAL = 7
     REQUEST = 8
     REPLY = 9
+    FAREWELL = 10
 
 
 class Hello(wire.Message, frozen=True):
@@ -107,6 +108,12 @@ class Reply(wire.Message, frozen=True):
     body: Annotated[bytes, msgspec.Meta(max_length=MAX_MESSAGE - 256)]
 
 
+class Farewell(wire.Message, frozen=True):
+    """Last on a link: why its sender has no more to do with us. May come in place of a hello."""
+
+    reason: Reason
+
+
 _TYPES: Final[dict[Kind, type[wire.Message]]] = {
     Kind.HELLO: Hello,
     Kind.PING: Ping,
@@ -117,6 +124,7 @@ _TYPES: Final[dict[Kind, type[wire.Message]]] = {
     Kind.REFUSAL: Refusal,
     Kind.REQUEST: Request,
     Kind.REPLY: Reply,
+    Kind.FAREWELL: Farewell,
 }
 _KINDS: Final = {message: kind for kind, message in _TYPES.items()}
 

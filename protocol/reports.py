@@ -17,6 +17,7 @@ from protocol.wire import Count, Digest, Natural, StageField
 MAX_SLOTS = 8192
 Slots = Annotated[tuple[Natural, ...], msgspec.Meta(max_length=MAX_SLOTS)]
 ReasonName = Annotated[str, msgspec.Meta(max_length=32)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 _Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 
 
@@ -47,7 +48,11 @@ class SlotLoss(wire.Message, frozen=True):
 
 
 class Metrics(wire.Message, frozen=True):
-    """A peer's figures since it joined, on `{run}/metrics`. Counts are of microbatches unless named otherwise."""
+    """A peer's figures since it joined, on `{run}/metrics`. Counts are of microbatches unless named otherwise.
+
+    `guarded`: tensors that the inline guard looked at; `guard_seconds` and `redo_seconds`: CPU time that it took, and
+    that doing others' work again for verifiers took; `to_banned`: sent to a peer that this one knew to be banned.
+    """
 
     stage: StageField
     version: Natural
@@ -62,6 +67,10 @@ class Metrics(wire.Message, frozen=True):
     refused: Annotated[dict[ReasonName, Natural], msgspec.Meta(max_length=64)]
     losses: Annotated[tuple[SlotLoss, ...], msgspec.Meta(max_length=MAX_SLOTS)]
     waiting_for: Annotated[int, msgspec.Meta(ge=-1, le=4095)]
+    guarded: Natural = 0
+    guard_seconds: _Seconds = 0.0
+    redo_seconds: _Seconds = 0.0
+    to_banned: Count = 0
 
 
 def progress_topic(run: bytes, stage: int) -> str:

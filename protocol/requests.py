@@ -15,6 +15,7 @@ ROUND_COMMIT: Final = "round.commit"
 ROUND_PART: Final = "round.part"
 STATE_DESCRIBE: Final = "state.describe"
 STATE_CHUNK: Final = "state.chunk"
+VOTES: Final = "votes"
 
 MAX_ROSTER: Final = 256
 MAX_SETTLED: Final = 8192
@@ -76,3 +77,21 @@ class StateChunk(wire.Message, frozen=True):
 
     version: Natural
     index: Count
+
+
+class VotesWanted(wire.Message, frozen=True):
+    """Asks for the votes after this key, in the order of (verifier, subject, sequence); from ("", "", 0) for all.
+
+    `known`: the digest of the asker's own set. Where all is asked for and the sets are equal, no votes are sent.
+    """
+
+    known: Digest
+    verifier: Annotated[str, msgspec.Meta(max_length=52)]
+    subject: Annotated[str, msgspec.Meta(max_length=52)]
+    sequence: Natural
+
+
+class VotesHeld(wire.Message, frozen=True):
+    """The answer: the digest of the whole set. The payload is a `VoteBundle`, or nothing where the sets are equal."""
+
+    digest: Digest

@@ -27,8 +27,8 @@ class Stream(asyncio.BufferedProtocol):
     """Reads frames straight into the memory that keeps them; writes without copying the payload.
 
     `greeting` is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and
-    must not block. Until it has set `greeted` only a hello is read. A `ProtocolError` out of parsing or out of
-    `on_frame` goes to `on_violation`, and the stream is aborted.
+    must not block. Until it has set `greeted` only a hello or a farewell is read. A `ProtocolError` out of parsing or
+    out of `on_frame` goes to `on_violation`, and the stream is aborted.
     """
 
     def __init__(
@@ -88,9 +88,8 @@ class Stream(asyncio.BufferedProtocol):
             self._kind, message_size, payload_size = messages.parse_header(
                 bytes(self._header), self._max_tensor
             )
-            if (
-                not self.greeted and self._kind is not Kind.HELLO
-            ):  # Before a stranger makes us allocate anything.
+            # Before a stranger makes us allocate anything.
+            if not self.greeted and self._kind not in (Kind.HELLO, Kind.FAREWELL):
                 raise ProtocolError(Reason.MALFORMED, "no hello first")
             self._message = memoryview(bytearray(message_size))
             # Not zeroed: the network fills it. This is the memory that the tensor will be a view of.
@@ -138,9 +137,12 @@ class Stream(asyncio.BufferedProtocol):
             self._on_violation(self, ProtocolError(Reason.NOT_READING, f"{self.backlog} bytes wait"))
             self.abort()
             return
-        for part in parts:
-            self.sent_bytes += len(part)
-            self._transport.write(part)
+        try:
+            for part in parts:
+                self._transport.write(part)
+                self.sent_bytes += len(part)
+        except RuntimeError:  # uvloop has closed it, and will tell us only later.
+            return
 
     def ping(self) -> None:
         self.send(Ping(int(monotonic() * 1e6)))

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
-
-class Verdict(StrEnum):
-    OK = "ok"
-    SUSPECT = "suspect"
-    QUARANTINED = "quarantined"
-    BANNED = "banned"
+from protocol.votes import Verdict
 
 
 @dataclass(frozen=True)

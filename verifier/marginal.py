@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protocol.votes import Verdict
 from verifier import features
 from verifier.baseline import MeanTensor
 from verifier.conformal import Window
 from verifier.detector import Court, Detector
-from verifier.ladder import Standing, Verdict
+from verifier.ladder import Standing
 from verifier.roster import Roster, in_turns
 from verifier.streams import Ban, Direction, Floats, Hops, Judgement, Mask, Peer, Stream
 from verifier.violations import ViolationCounter

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from protocol.votes import Verdict
 from verifier import features
 from verifier.audit import Auditor
 from verifier.baseline import Centring, MeanTensor, Spread
 from verifier.cascade import Cascade
 from verifier.conformal import Window, p_values
 from verifier.detector import Court, Detector, Hearing
-from verifier.ladder import Ladder, Standing, Verdict
+from verifier.ladder import Ladder, Standing
 from verifier.martingale import Capital
 from verifier.roster import Roster, in_turns
 from verifier.second_opinion import Refusal, Refusals

@@ -7,26 +7,19 @@ sequence of hops of one stage in one direction. Tensors are batched over hops: N
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from protocol.receipts import Direction as Direction
+
 Peer: TypeAlias = str
 """A PeerID, or any name that is one peer's own."""
 StageIndex: TypeAlias = int
 Floats: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
-
-
-class Direction(StrEnum):
-    """Which way a tensor travels: activations to the next stage, gradients of them to the one before."""
-
-    ACTIVATION = "activation"
-    GRADIENT = "gradient"
-
 
 Stream: TypeAlias = tuple[StageIndex, Direction]
 

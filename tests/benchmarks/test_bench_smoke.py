@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gossip
 from benchmarks.figures import Ratio, Series
 from benchmarks.transport import OwnPath, Trip, Worker, own_worker
 
@@ -42,6 +43,17 @@ async def test_tensor_goes_through_a_stage_in_another_process(tmp_path: Path, tr
         await asyncio.to_thread(worker.wait_ready)
         async with OwnPath(worker, tmp_path, trip, "bf16") as path:
             assert await path.trips(window=2, count=4) > 0
+
+
+@pytest.mark.timeout(170)
+async def test_a_ban_spreads_in_a_small_crowd_of_which_one_restarts(tmp_path: Path) -> None:
+    report = await gossip.spread(tmp_path, repeat=1, size=6)
+    figures = {name: series.values for name, series in report.series.items()}
+    assert figures["restarting: peers"] == [1]
+    assert figures["restarting: missed the ban"] == [0]
+    # The delay is really there: nobody found a way around the detours.
+    assert figures["round trip of a heartbeat, least of all links"][0] >= 2e3 * gossip.DELAY
+    assert figures["deciding vote to enforcement, last peer"][0] >= 1e3 * gossip.DELAY
 
 
 @pytest.mark.slow

@@ -57,6 +57,11 @@ def join(invoke: Invoke, invite: str, folder: Path, *more: str | Path):  # type:
         (["--preset", "tiny", "--name", "a/b"], ["name cannot be 'a/b'"]),
         (["--config", "nowhere.json"], ["Cannot read the config nowhere.json", "--config"]),
         (["--preset", "tiny", "--tokenizer", "./nowhere"], ["Cannot load the tokenizer ./nowhere"]),
+        (["--preset", "tiny", "--quorum", "2"], ["--quorum is of nobody", "--verifiers N"]),
+        (["--preset", "tiny", "--verifiers", "3", "--quorum", "4"], ["quorum of 4", "--quorum 3 or less"]),
+        (["--preset", "tiny", "--verifiers", "3", "--quorum", "1"], ["a minority", "--quorum 2 or more"]),
+        (["--preset", "tiny", "--verifier", "me"], ["--verifier me is not understood", "12D3KooW"]),
+        (["--preset", "tiny", *["--verifier", Identity.generate().peer_id] * 2], ["named twice"]),
     ],
 )
 def test_init_refuses(invoke: Invoke, tmp_path: Path, words: list[str], parts: list[str]) -> None:
@@ -96,6 +101,24 @@ def test_init_writes_the_operator_key_for_the_owner_alone(invoke: Invoke, tmp_pa
     assert SignedManifest.read(out) == first
     key.chmod(0o644)
     invoke("init", "--preset", "tiny", "--stages", "2", "--out", out).says("read by others", "chmod 600")
+
+
+def test_init_makes_verifiers_and_names_others(invoke: Invoke, tmp_path: Path) -> None:
+    out, other = tmp_path / "run.toml", Identity.generate().peer_id
+    words = ("init", "--preset", "tiny", "--out", out, "--verifiers", "2", "--verifier", other)
+    outcome = invoke(*words)
+    assert outcome.code == 0, outcome.err
+    keys = [tmp_path / f"run.verifier{number}.key" for number in (1, 2)]
+    assert all(key.stat().st_mode & 0o777 == 0o600 for key in keys)
+    assert all(str(key) in outcome.out for key in keys)
+    policy = SignedManifest.read(out).manifest.verification
+    assert policy.verifiers == (*(Identity.load(key).peer_id for key in keys), other)
+    assert policy.quorum == 2, "a majority"
+    # The same again is the same run, with the same keys.
+    run = SignedManifest.read(out).run
+    assert invoke(*words).code == 0
+    assert SignedManifest.read(out).run == run
+    invoke(*words, "--quorum", "3").says("manifest of another run")
 
 
 def test_init_on_a_full_disk(invoke: Invoke, tmp_path: Path) -> None:
@@ -436,3 +459,40 @@ def test_out_of_memory_is_said_as_such() -> None:
         failure = explain(error)
         assert failure.code == 2
         assert failure.line.startswith("Out of memory")
+
+
+def test_join_refuses_an_attack_on_a_run_that_is_no_testbed(
+    invoke: Invoke, run_invite: str, tmp_path: Path
+) -> None:
+    join(invoke, run_invite, tmp_path, "--attack", "zeros").says("no testbed", "--attack")
+
+
+@pytest.mark.parametrize("command", ["join", "demo"])
+def test_an_attack_that_nobody_knows_is_refused(invoke: Invoke, run_invite: str, command: str) -> None:
+    words = [run_invite] if command == "join" else []
+    invoke(command, *words, "--attack", "nonsense").says("Unknown attack nonsense", "zeros")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--quorum", "1"], ["--quorum 1", "no majority"]),
+        (["--quorum", "4"], ["--quorum 4", "no majority"]),
+        (["--replicas", "2", "--malicious", "2"], ["no honest volunteer"]),
+    ],
+    ids=str,
+)
+def test_the_demo_refuses_what_cannot_be_played(invoke: Invoke, words: list[str], parts: list[str]) -> None:
+    invoke("demo", *words).says(*parts)
+
+
+def test_verify_refuses_a_peer_that_the_manifest_does_not_name(
+    invoke: Invoke, run_invite: str, tmp_path: Path
+) -> None:
+    invoke("verify", run_invite, "--identity", tmp_path / "my.key", *LISTEN).says(
+        "does not name", "--identity"
+    )
+
+
+def test_peers_says_that_it_knows_no_such_peer(invoke: Invoke, run_invite: str) -> None:
+    invoke("peers", run_invite, "--peer", "12D3KooWnobody", *LISTEN).says("Nobody knows a peer")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import Invoke
 
-COMMANDS = ["init", "bootstrap", "join", "peers", "demo", "simulate", "experiment"]
+COMMANDS = ["init", "bootstrap", "join", "verify", "peers", "bans", "demo", "simulate", "experiment"]
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -44,6 +44,8 @@ def test_help_lists_the_commands(invoke: Invoke) -> None:
         ["init", "--preset", "tiny", "--out", "x", "--schedule", "slow"],
         ["demo", "--wire", "int4"],
         ["demo", "--stages", "three"],
+        ["demo", "--attack-direction", "sideways"],
+        ["join", "sentinel1-x", "--duty", "2"],
         ["peers", "--what"],
     ],
     ids=" ".join,

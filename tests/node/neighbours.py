@@ -20,7 +20,7 @@ from node.pipeline import Pipeline
 from node.progress import StageProgress
 from node.trainer import StageTrainer
 from protocol import messages, sockets, wire
-from protocol.codec import TensorHeader, bytes_of, digest
+from protocol.codec import TensorHeader, bytes_of, payload_digest, split_payload
 from protocol.errors import Reason
 from protocol.host import Host
 from protocol.identity import Identity
@@ -158,6 +158,9 @@ class Neighbour:
     async def until_shut_out(self) -> None:
         await asyncio.wait_for(self.down.wait(), WITHIN)
 
+    def digest(self, payload: bytes | memoryview) -> bytes:
+        return payload_digest(self.header, *split_payload(self.header, memoryview(payload)))
+
     # --- what it says ---
 
     def payload(self, value: float = 0.5) -> bytes:
@@ -182,7 +185,7 @@ class Neighbour:
             "stage": self.stage,
             "version": 0,
             "input": b"i" * 32,
-            "output": digest(sent),
+            "output": self.digest(sent),
             "sender": self.place.identity.peer_id,
             "recipient": self.victim.peer,
         }
@@ -209,7 +212,7 @@ class Neighbour:
             message.receipt, run=self.victim.run, sender=self.victim.peer,
             recipient=self.place.identity.peer_id, stage=1,
         )  # fmt: skip
-        assert digest(payload) == message.receipt.receipt.output
+        assert self.digest(payload) == message.receipt.receipt.output
         return message.receipt.receipt.microbatch
 
     async def stop(self) -> None:
@@ -229,7 +232,7 @@ async def round_trip(head: Neighbour, tail: Neighbour, slot: int, attempt: int =
         message.receipt, run=head.victim.run, sender=head.victim.peer,
         recipient=head.place.identity.peer_id, stage=1,
     )  # fmt: skip
-    assert digest(payload) == message.receipt.receipt.output
+    assert head.digest(payload) == message.receipt.receipt.output
 
 
 async def raw_stream(

@@ -9,7 +9,7 @@ from node.data import open_corpus
 from node.flights import Held
 from node.passes import Forwarded, Returned, StagePasses
 from node.trainer import StageTrainer
-from protocol.codec import digest
+from protocol.codec import payload_digest, split_payload
 from protocol.errors import ProtocolError, Reason
 from tests.swarms import small_manifest
 
@@ -23,8 +23,9 @@ def chain() -> list[StagePasses]:
 
 
 def received(forwarded: Forwarded) -> Held:
+    assert forwarded.output is not None
     payload = memoryview(bytearray(b"".join(forwarded.output.parts)))
-    return Held(payload, None, digest(payload))
+    return Held(payload, None, forwarded.output.digest)
 
 
 def inject(chain: list[StagePasses], slot: int) -> Forwarded:
@@ -47,7 +48,7 @@ def test_a_covered_slot_is_computed_but_not_accumulated(chain: list[StagePasses]
     returned = chain[1].tail(received(forwarded), 0, covered=True)
     assert returned.answer is not None
     payload = memoryview(bytearray(returned.answer.parts[0]))
-    back = chain[0].backward(forwarded.graph, Held(payload, None, digest(payload)), 0, covered=True)
+    back = chain[0].backward(forwarded.graph, Held(payload, None, returned.answer.digest), 0, covered=True)
     assert isinstance(back, Returned)
     assert chain[0].slots == chain[1].slots == []
 
@@ -59,7 +60,10 @@ def test_bad_payloads_are_refused(chain: list[StagePasses], reason: Reason) -> N
         held.payload[:4] = b"\x00\x00\xc0\x7f"  # NaN, little-endian
     if reason is Reason.MALFORMED:
         held.payload[-4:] = b"\xff\xff\xff\x7f"  # a label outside the vocabulary
-    sworn = b"\0" * 32 if reason is Reason.WRONG_DIGEST else digest(held.payload)
+    header = chain[1].header
+    sworn = b"\0" * 32
+    if reason is not Reason.WRONG_DIGEST:
+        sworn = payload_digest(header, *split_payload(header, held.payload))
     with pytest.raises(ProtocolError) as caught:
         chain[1].tail(Held(held.payload, None, sworn), 0, covered=False)
     assert caught.value.reason is reason

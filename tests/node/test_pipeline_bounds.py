@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from node import pipeline
 from protocol import links, messages
-from protocol.codec import TensorHeader, digest
+from protocol.codec import TensorHeader
 from protocol.errors import Reason
 from protocol.links import Link
 from protocol.messages import Activation, Credit, Gradient, Hello, Kind, Refusal, Reply
@@ -533,7 +533,7 @@ async def test_receipts_of_a_path_chain_through_a_node(scene: Scene) -> None:
     head.activate(1)
     tail.link.send(Credit(1))
     forward, _ = await tail.expect(Activation)
-    assert forward.receipt.receipt.input == digest(head.payload())
+    assert forward.receipt.receipt.input == head.digest(head.payload())
     tail.answer(forward.receipt.receipt.microbatch)
     back, _ = await head.expect(Gradient)
     kept = scene.victim.pipeline.finished.get(forward.receipt.receipt.microbatch)

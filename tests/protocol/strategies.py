@@ -13,7 +13,9 @@ import protocol.directory
 import protocol.invite
 import protocol.messages
 import protocol.reports
-import protocol.requests  # noqa: F401 - the imports define the types that `all_types` finds
+import protocol.reputation
+import protocol.requests
+import protocol.vote_file  # noqa: F401 - the imports define the types that `all_types` finds
 from protocol import wire
 from protocol.identity import Identity
 

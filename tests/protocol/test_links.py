@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
@@ -14,10 +15,14 @@ from structlog.testing import capture_logs
 from protocol import links, streams, wire
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
+from protocol.identity import PeerId
 from protocol.links import Answer, Link, Switchboard
-from protocol.messages import MAX_CHUNK, Reply
+from protocol.messages import MAX_CHUNK, Reply, Request
 from protocol.requests import Nothing
+from protocol.vote_set import VoteSet
+from protocol.votes import Cause, Electorate, Verdict
 from tests.conftest import StartHost
+from tests.protocol.ballots import VERIFIERS, ban
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(60)]
 
@@ -251,3 +256,69 @@ async def test_a_silent_stream_is_given_up(pair: Pair, monkeypatch: pytest.Monke
     with capture_logs():
         await asyncio.wait_for(owner.down.wait(), 20.0)
     assert asking.refusals.counts[Reason.TIMED_OUT] >= 1
+
+
+# --- bans ---
+
+
+async def test_a_banned_peers_link_ends_at_once_and_it_is_told_why(pair: Pair, hosts: list[Host]) -> None:
+    answering, asking, link = pair
+    votes = banning(answering, hosts[1].peer_id)
+    assert await refused(link, "nothing") is Reason.UNKNOWN_METHOD, "one vote is no quorum"
+    ban(votes, hosts[1].peer_id, VERIFIERS[1:2], time.time())
+    assert hosts[1].peer_id not in answering.links, "at once"
+    await until(lambda: link.farewell is Reason.BANNED)
+    with pytest.raises(ProtocolError):
+        link.send(Request(1, "nothing", b""))
+    assert asking.refusals.counts[Reason.BANNED] == 1
+
+
+async def test_a_banned_peer_is_neither_accepted_nor_dialled_until_it_is_voted_down(
+    pair: Pair, hosts: list[Host]
+) -> None:
+    answering, asking, _ = pair
+    votes = banning(answering, hosts[1].peer_id)
+    ban(votes, hosts[1].peer_id, VERIFIERS[1:2], time.time())
+    await until(lambda: not asking.links)
+    for side, other in ((asking, hosts[0]), (answering, hosts[1])):
+        with pytest.raises(ProtocolError) as caught:
+            await side.connect(other.peer_id, await other.addresses())
+        assert caught.value.reason is Reason.BANNED
+    assert answering.refusals.counts[Reason.BANNED] == 1, (
+        "the accepted stream; our own dialling is no refusal"
+    )
+    assert not answering.links
+    for verifier in VERIFIERS[:2]:
+        votes.cast(
+            verifier, hosts[1].peer_id, Verdict.OK, Cause.CLEARED, time.time(), stage=1, evidence=b"e" * 32
+        )
+    link = await asking.connect(hosts[0].peer_id, await hosts[0].addresses())
+    assert await refused(link, "nothing") is Reason.UNKNOWN_METHOD
+
+
+async def test_whom_a_peer_knows_as_banned_when_it_starts_to_obey(pair: Pair, hosts: list[Host]) -> None:
+    answering, _, link = pair
+    await until(lambda: hosts[1].peer_id in answering.links)
+    votes = VoteSet(electorate_of(answering.run))
+    ban(votes, hosts[1].peer_id, VERIFIERS[:2], time.time())
+    answering.obey(votes)
+    assert not answering.links
+    await until(lambda: link.farewell is Reason.BANNED)
+
+
+def electorate_of(run: bytes) -> Electorate:
+    return Electorate(run, frozenset(one.peer_id for one in VERIFIERS), quorum=2, term=3600)
+
+
+def banning(switchboard: Switchboard, peer: PeerId) -> VoteSet:
+    """A vote set that the switchboard obeys, with one vote of the two that it takes to ban `peer`."""
+    votes = VoteSet(electorate_of(switchboard.run))
+    switchboard.obey(votes)
+    ban(votes, peer, VERIFIERS[:1], time.time())
+    return votes
+
+
+async def until(is_done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(15.0):
+        while not is_done():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from protocol.errors import UserError
 from protocol.identity import Identity
 from protocol.invite import Invite
-from protocol.manifest import MAX_BYTES, BatchSection, Manifest, SignedManifest
+from protocol.manifest import MAX_BYTES, BatchSection, Manifest, SignedManifest, VerificationSection
+from protocol.votes import Electorate
 from tests.protocol.strategies import IDENTITIES, messages_of, mutated
 from tests.swarms import small_manifest
 
@@ -124,6 +125,54 @@ def test_every_field_is_under_the_seal(place: tuple[str, ...]) -> None:
     table[place[-1]] = other.get(place[-1], not value if isinstance(value, bool) else value * 2 or 1)
     with pytest.raises(UserError):
         parse(tomli_w.dumps(body))
+
+
+VERIFIERS = tuple(Identity.generate().peer_id for _ in range(3))
+
+
+@pytest.mark.parametrize("field", VerificationSection.model_fields)
+def test_the_verification_policy_is_under_the_seal(field: str) -> None:
+    policy = VerificationSection(verifiers=VERIFIERS, quorum=3)
+    signed = SignedManifest.sign(small_manifest(verification=policy), OPERATOR)
+    assert parse(signed.to_toml()) == signed
+    body = tomllib.loads(signed.to_toml())
+    changed: Any = {"verifiers": list(VERIFIERS[::-1]), "quorum": 2, "sampling": 0.5, "alpha": 0.5}
+    body["verification"][field] = changed.get(field, 2 * body["verification"][field])
+    with pytest.raises(UserError, match="altered"):
+        parse(tomli_w.dumps(body))
+
+
+@pytest.mark.parametrize(
+    ("policy", "part"),
+    [
+        ({"verifiers": VERIFIERS, "quorum": 1}, "must be 2 to 3"),
+        ({"verifiers": VERIFIERS, "quorum": 4}, "must be 2 to 3"),
+        ({"verifiers": VERIFIERS[:2], "quorum": 1}, "must be 2 to 2"),
+        ({"verifiers": VERIFIERS[:1] * 2, "quorum": 2}, "one twice"),
+        ({"verifiers": ["me"], "quorum": 1}, "verifiers: me"),
+        ({"verifiers": VERIFIERS, "quorum": 0}, "greater than or equal to 1"),
+        ({"sampling": 0.0}, "greater than 0"),
+        ({"alpha": 1.0}, "less than 1"),
+        ({"term": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_a_policy_that_cannot_work_is_refused(policy: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValidationError, match=part):
+        VerificationSection.model_validate(policy)
+
+
+def test_a_manifest_from_before_verification_is_still_whole() -> None:
+    """What a run's operator signed then has no such section, and its run id must not change."""
+    signed = SignedManifest.sign(small_manifest(), OPERATOR)
+    assert "verification" not in tomllib.loads(signed.to_toml())
+    assert b"verification" not in signed.manifest.canonical()
+    assert parse(signed.to_toml()).electorate.is_empty
+
+
+def test_the_electorate_is_the_manifests() -> None:
+    policy = VerificationSection(verifiers=VERIFIERS, quorum=2, term=99)
+    signed = SignedManifest.sign(small_manifest(verification=policy), OPERATOR)
+    assert signed.electorate == Electorate(signed.run, frozenset(VERIFIERS), 2, 99)
 
 
 def test_another_signer_makes_another_run() -> None:

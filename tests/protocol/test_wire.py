@@ -38,6 +38,8 @@ def test_all_wire_types_are_covered() -> None:
     assert {
         "Receipt", "SignedReceipt", "Progress", "Metrics", "StageRecord", "SignedRecord", "Invite", "TensorHeader",
         "RoundOpen", "RoundHolding", "RoundCommit", "RoundPart", "StateDescription", "StateChunk", "Nothing",
+        "Vote", "SignedVote", "Contradiction", "VoteBundle", "VotesWanted", "VotesHeld", "VoteArchive",
+        "Reputation", "SignedReputation",
     } <= names  # fmt: skip
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from protocol.errors import UserError
+from protocol.votes import Verdict
 from tests.verifier.streams import NoCourt, Stage, hops
 from verifier.audit import agrees
 from verifier.detector import Detector, Hearing
 from verifier.duplicate import Duplicate
-from verifier.ladder import Verdict
 from verifier.marginal import Marginal, MarginalSettings
 from verifier.registry import make_detector
 from verifier.sentinel import Sentinel, Settings

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from protocol.votes import Verdict
 from tests.verifier.streams import Stage, hops
 from verifier import features
 from verifier.audit import agrees
 from verifier.baseline import Centring, MeanTensor, Spread
 from verifier.cascade import Cascade
 from verifier.conformal import Window, p_values
-from verifier.ladder import Ladder, Verdict
+from verifier.ladder import Ladder
 from verifier.martingale import Capital
 from verifier.roster import Roster, in_turns
 from verifier.second_opinion import Refusals

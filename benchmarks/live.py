@@ -1,0 +1,176 @@
+"""`python -m benchmarks.live`: attackers in a live swarm, the whole table, and what verification costs.
+
+Each row is the demo's main job on this machine: 3 stages x 3 replicas, 3 verifiers with a quorum of 2, the tiny model.
+Every seed has runs without an attacker, with verifiers (twice, to see how far two equal runs differ) and without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# hivemind reads it when it is imported, here and in the processes that we start.
+os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.demo import Threat, run_demo
+from benchmarks.figures import machine
+from node.presets import build_manifest
+from protocol.manifest import Manifest
+
+ATTACKS = ("zeros", "flip", "random", "delay:20", "random-sign:0.3")
+DIRECTIONS = ("activation", "gradient")
+STAGES, REPLICAS = 3, 3
+GUARDED = Threat(verifiers=3, quorum=2)
+LOSS_GOAL, COST_GOAL, THROUGHPUT_GOAL, FLAGGED_GOAL = 0.05, 0.05, 0.95, 0.005
+
+_console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: what was asked for, and the demo's result."""
+
+    seed: int
+    kind: str
+    threat: Threat
+    result: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        kept = {key: value for key, value in self.result.items() if key not in ("peers", "losses")}
+        attack = f"{self.threat.attack} {self.threat.direction}" if self.threat.malicious else None
+        return {"seed": self.seed, "kind": self.kind, "attack": attack, **kept}
+
+
+def tiny(seed: int, rounds: int) -> Manifest:
+    return build_manifest(
+        preset="tiny", config=None, stages=STAGES, data="builtin:pydoc", tokenizer="bytes", seed=seed, testbed=True,
+        schedule="overlapped", rounds=rounds, min_replicas=REPLICAS, wire="fp32", name="live",
+    )  # fmt: skip
+
+
+async def run(seed: int, rounds: int, kind: str, threat: Threat) -> Row:
+    with tempfile.TemporaryDirectory(prefix="sentinel-live-") as folder:
+        result = await run_demo(tiny(seed, rounds), Path(folder), replicas=REPLICAS, threat=threat)
+    row = Row(seed, kind, threat, result)
+    _console.print(_line(row), highlight=False)
+    return row
+
+
+def _line(row: Row) -> str:
+    bans = ", ".join(f"stage {ban['stage']} after {ban['rounds_to_ban']}" for ban in row.result["bans"])
+    what = f"{row.threat.attack} {row.threat.direction}" if row.threat.malicious else row.kind
+    return (
+        f"seed {row.seed}  {what:28s} loss {row.result['final_loss']:.3f}   banned: {bans or 'nobody'}   "
+        f"flagged {row.result['flagged_fraction']:.2%}   {row.result['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+async def measure(
+    seeds: Sequence[int], rounds: int, start: int, attacks: Sequence[str], directions: Sequence[str]
+) -> list[Row]:
+    rows = []
+    for seed in seeds:
+        rows.append(await run(seed, rounds, "verified", GUARDED))
+        rows.append(await run(seed, rounds, "unverified", Threat()))
+        rows.append(await run(seed, rounds, "verified again", GUARDED))
+        for attack in attacks:
+            for direction in directions:
+                threat = replace(GUARDED, malicious=1, attack=attack, direction=direction, start=start)
+                rows.append(await run(seed, rounds, "attacked", threat))
+    return rows
+
+
+def tabulate(rows: Sequence[Row]) -> Table:
+    """An attack a row, over its seeds; losses against the run of the same seed without an attacker."""
+    clean = {row.seed: row.result["final_loss"] for row in rows if row.kind == "verified"}
+    table = Table(
+        "attack", "direction", "runs", "banned", "false bans", "rounds to ban", "to banned", "loss gap"
+    )
+    attacked: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.threat.malicious:
+            attacked.setdefault((row.threat.attack, row.threat.direction), []).append(row)
+    for (attack, direction), group in attacked.items():
+        true = [ban for row in group for ban in row.result["bans"] if ban["true_attacker"]]
+        gaps = [row.result["final_loss"] - clean[row.seed] for row in group]
+        table.add_row(
+            attack,
+            direction,
+            str(len(group)),
+            str(len(true)),
+            str(sum(row.result["false_bans"] for row in group)),
+            ", ".join(str(ban["rounds_to_ban"]) for ban in true),
+            str(sum(row.result["microbatches_to_banned_after_ban"] for row in group)),
+            f"{max(gaps, key=abs):+.3f}",
+        )
+    return table
+
+
+def costs(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of the runs without an attacker; the first two of a seed are side by side."""
+    by_kind = {
+        kind: [row.result for row in rows if row.kind == kind]
+        for kind in ("verified", "unverified", "verified again")
+    }
+    verified, plain = by_kind["verified"], by_kind["unverified"]
+    ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(verified, plain, strict=True)]
+    gaps = [
+        abs(a["final_loss"] - b["final_loss"])
+        for a, b in zip(verified, by_kind["verified again"], strict=True)
+    ]
+    every = [*verified, *by_kind["verified again"]]
+    return {
+        "bytes_fraction": median(one["verification"]["bytes_fraction"] for one in every),
+        "cpu_fraction": median(one["verification"]["cpu_fraction"] for one in every),
+        "sampled_fraction": median(one["verification"]["sampled_fraction"] for one in every),
+        "throughput_ratio": median(ratios),
+        "flagged_fraction": max(one["flagged_fraction"] for one in every),
+        "bans_without_attacker": sum(len(one["bans"]) for one in every),
+        "equal_runs_differ_by": max(gaps),
+        "goals": {
+            "bytes_fraction": COST_GOAL,
+            "cpu_fraction": COST_GOAL,
+            "throughput_ratio": THROUGHPUT_GOAL,
+            "flagged_fraction": FLAGGED_GOAL,
+            "loss_gap": LOSS_GOAL,
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--start", type=int, default=10, help="first round that is attacked")
+    parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), metavar="SPEC")
+    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=(*DIRECTIONS, "both"))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    chosen = parser.parse_args()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        rows = runner.run(
+            measure(chosen.seeds, chosen.rounds, chosen.start, chosen.attacks, chosen.directions)
+        )
+    found = costs(rows)
+    _console.print(tabulate(rows))
+    _console.print_json(json.dumps(found))
+    if chosen.json is not None:
+        body = {"machine": machine(), "costs": found, "runs": [row.as_json() for row in rows]}
+        chosen.json.write_text(json.dumps(body, indent=2))
+        print(f"written: {chosen.json}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Attackers among real processes are caught, banned by a quorum and routed around; nobody else is."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from benchmarks.swarm import LocalSwarm, Process, local_swarm, until, watching, with_verifiers
+from cli.failures import BANNED
+from node.observer import Observer
+from protocol.manifest import Manifest
+from protocol.votes import Verdict
+from tests.swarms import small_manifest
+
+STAGES, REPLICAS, VERIFIERS, QUORUM = 3, 3, 3, 2
+START = 4
+
+
+def defended(folder: Path) -> Manifest:
+    manifest = small_manifest(kind="overlapped", rounds=100_000, min_replicas=REPLICAS, testbed=True)
+    return with_verifiers(manifest, folder, VERIFIERS, QUORUM)
+
+
+def populate(swarm: LocalSwarm, attack: str | None, direction: str = "both") -> Process | None:
+    """Verifiers, and three replicas of each stage, of which one of stage 1 may be an attacker."""
+    for _ in range(VERIFIERS):
+        swarm.verify()
+    options = ["--attack", attack or "", "--attack-direction", direction, "--attack-start", str(START)]
+    for replica in range(REPLICAS):
+        for stage in range(STAGES):
+            swarm.join(stage, *(options if attack and (stage, replica) == (1, 0) else ()))
+    return next((node for node in swarm.nodes if node.is_attacker), None)
+
+
+def newest(observer: Observer) -> int:
+    return max((sighting.metrics.version for sighting in observer.sightings.values()), default=-1)
+
+
+async def rounds_go_on(observer: Observer, what: str, count: int = 5) -> None:
+    start = newest(observer)
+    await until(observer, lambda: newest(observer) >= start + count, timeout=120, what=f"more rounds {what}")
+
+
+def banned(observer: Observer) -> list[str]:
+    verdicts = observer.votes.verdicts()
+    return [peer for peer, verdict in verdicts.items() if verdict is Verdict.BANNED]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("attack", "direction"),
+    [("zeros", "activation"), ("random-sign:0.3", "gradient"), ("delay:20", "activation")],
+)
+async def test_the_attacker_is_banned_and_nobody_else(tmp_path: Path, attack: str, direction: str) -> None:
+    async with local_swarm(defended(tmp_path), tmp_path) as swarm, watching(swarm) as observer:
+        attacker = populate(swarm, attack, direction)
+        assert attacker is not None
+        await until(observer, lambda: bool(banned(observer)), timeout=300, what="a ban")
+        assert banned(observer) == [attacker.peer]
+        votes = observer.votes.bans(0.0)[attacker.peer]
+        assert len(votes) >= QUORUM and {one.vote.stage for one in votes.values()} == {1}
+
+        await asyncio.to_thread(attacker.process.join, 30)
+        assert attacker.process.exitcode == BANNED
+        line = attacker.tail(1)
+        for part in ("is banned", *votes, "did it again", "until", "operator"):
+            assert part in line
+
+        await rounds_go_on(observer, "without the attacker")
+        again = swarm.join(1, name=attacker.name)
+        await asyncio.to_thread(again.process.join, 60)
+        assert again.process.exitcode == BANNED, "it came back"
+        newcomer = swarm.join(1)
+        await until(observer, lambda: newcomer.peer in observer.sightings, timeout=60, what="the newcomer")
+        await rounds_go_on(observer, "with a newcomer", 3)
+        assert banned(observer) == [attacker.peer]
+        assert sum(sighting.metrics.to_banned for sighting in observer.sightings.values()) == 0
+        swarm.check_alive(but=[attacker, again])
+
+
+@pytest.mark.timeout(400)
+async def test_without_an_attacker_nobody_is_held_to_be_one(tmp_path: Path) -> None:
+    """A verifier dies meanwhile; the others go on, and the run does not notice."""
+    async with local_swarm(defended(tmp_path), tmp_path) as swarm, watching(swarm) as observer:
+        populate(swarm, None)
+        await until(observer, lambda: newest(observer) >= 10, timeout=200, what="ten rounds")
+        swarm.verifiers[0].kill()
+        await until(observer, lambda: newest(observer) >= 40, timeout=200, what="forty rounds")
+        serious = {
+            peer: verdict
+            for peer, verdict in observer.votes.verdicts().items()
+            if verdict is not Verdict.SUSPECT
+        }
+        assert not serious
+        metrics = [sighting.metrics for sighting in observer.sightings.values()]
+        assert sum(one.refused.get("flagged", 0) for one in metrics) <= 0.005 * sum(
+            one.guarded for one in metrics
+        )
+        assert sum(effort.sampled for effort in observer.efforts.values()) > 0
+        assert len(observer.efforts) == VERIFIERS
+        swarm.check_alive(but=swarm.verifiers[:1])

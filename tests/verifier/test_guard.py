@@ -1,0 +1,82 @@
+"""The inline guard: what it lets pass, what it flags, and that it cannot be made to refuse everybody."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from verifier import attacks, features
+from verifier.attacks import View
+from verifier.guard import Guard
+from verifier.streams import Direction
+
+SHAPE = (4, 64, 32)
+
+
+def honest(generator: torch.Generator, drift: float = 0.0) -> Tensor:
+    """A stream with a mean of its own, whose texts differ in how loud they are, and which grows by `drift`."""
+    loudness = 1 + 0.1 * torch.randn((), generator=generator)
+    return (1 + drift) * (
+        torch.linspace(-2, 2, SHAPE[2]) + loudness * torch.randn(SHAPE, generator=generator)
+    )
+
+
+def taught(count: int = 200, seed: int = 0) -> tuple[Guard, torch.Generator]:
+    guard = Guard(Direction.ACTIVATION, np.random.default_rng(seed))
+    generator = torch.Generator().manual_seed(seed)
+    for place in range(count):
+        guard.check(honest(generator), f"peer{place % 3}")
+    return guard, generator
+
+
+def test_its_statistics_are_those_of_the_core() -> None:
+    guard, generator = taught()
+    tensor = honest(generator)
+    assert guard._places is not None and guard._mean.value is not None
+    seen = tensor[:, guard._places]
+    expected = features.marginal_distances(seen[None], guard._mean.value, features.projections(SHAPE[2]))
+    assert guard._distances(seen.numpy()) == pytest.approx(expected[0], rel=1e-4)
+
+
+def test_honest_streams_pass_while_training_changes_them() -> None:
+    guard, generator = taught(0)
+    for place in range(2000):
+        guard.check(honest(generator, drift=place / 1000), f"peer{place % 3}")
+    assert guard.flagged <= 0.005 * guard.checked
+
+
+@pytest.mark.parametrize("attack", [attacks.Zeros, attacks.Random, attacks.Flip, attacks.Scale, attacks.Nan])
+def test_gross_corruption_is_flagged(attack: type[attacks.Attack]) -> None:
+    guard, generator = taught()
+    output = honest(generator)
+    view = View(Direction.ACTIVATION, 1, 3, 7, "peer0", output, {})
+    corrupt = attack(seed=1).corrupt(output, view)
+    if attack is attacks.Nan:
+        corrupt[:] = torch.nan  # One element may be at a place that it does not look at.
+    assert not guard.check(corrupt, "peer0")
+    assert guard.check(output, "peer1")
+
+
+def test_an_attacker_among_three_does_not_move_it() -> None:
+    guard, generator = taught()
+    for place in range(600):
+        tensor = honest(generator)
+        passed = guard.check(-tensor if place % 3 == 0 else tensor, f"peer{place % 3}")
+        assert not (passed and place % 3 == 0)
+    assert guard.flagged >= 200
+    assert guard.flagged <= 200 + 0.005 * 400 + 1
+
+
+def test_it_follows_a_stream_that_changed_as_a_whole() -> None:
+    guard, generator = taught()
+    passed = [guard.check(5 * honest(generator), f"peer{place % 3}") for place in range(200)]
+    assert not passed[0]
+    assert all(passed[40:])
+
+
+def test_receivers_look_at_different_places() -> None:
+    places = [taught(1, seed)[0]._places for seed in range(5)]
+    assert all(place is not None for place in places)
+    assert len({tuple(place.tolist()) for place in places if place is not None}) == 5

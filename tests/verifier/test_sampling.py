@@ -1,0 +1,133 @@
+"""What is drawn, from whom, and what is held against whom does not answer."""
+
+from __future__ import annotations
+
+import random
+
+from protocol.identity import Identity, PeerId
+from protocol.receipts import Direction, MicrobatchId
+from protocol.samples import Passage
+from protocol.votes import Verdict
+from verifier.conduct import Conduct
+from verifier.sampling import FRESH, MAX_KNOWN, SPEAK_WITHIN, Allowance, Traffic
+
+STAGES, REPLICAS = 3, 3
+PEERS = [[Identity.generate().peer_id for _ in range(REPLICAS)] for _ in range(STAGES)]
+Path = list[PeerId]
+
+
+def pass_on(
+    traffic: Traffic, slot: int, path: Path, now: float = 0.0, flagged_at: int | None = None, silent: int = -1
+) -> MicrobatchId:
+    """Everybody on the way but `silent` says what passed; from `flagged_at` on nobody had it."""
+    microbatch = MicrobatchId(path[0], slot)
+    for stage, peer in enumerate(path):
+        if flagged_at is not None and stage > flagged_at:
+            break
+        if stage == silent:
+            continue
+        flagged = Direction.ACTIVATION if stage == flagged_at else None
+        after = path[stage + 1] if stage + 1 < STAGES and flagged is None else None
+        passage = Passage(microbatch, path[stage - 1] if stage else None, after, 3, flagged, b"weights!")
+        traffic.note(peer, stage, passage, now)
+    return microbatch
+
+
+def busy(generator: random.Random, count: int = 200) -> Traffic:
+    traffic = Traffic(STAGES)
+    for slot in range(count):
+        pass_on(traffic, slot, [generator.choice(stage) for stage in PEERS])
+    return traffic
+
+
+def test_a_panel_covers_every_replica_with_few_microbatches() -> None:
+    for seed in range(20):
+        generator = random.Random(seed)
+        panel = busy(generator).draw(generator, 1.0, most=9)
+        assert {peer for one in panel for peer in one.path.values()} == {
+            peer for stage in PEERS for peer in stage
+        }
+        assert len(panel) <= 2 * REPLICAS
+
+
+def test_a_panel_is_drawn_by_the_verifiers_own_randomness() -> None:
+    drawn = set()
+    for seed in range(10):
+        traffic = busy(random.Random(0))
+        drawn.add(tuple(str(one.microbatch) for one in traffic.draw(random.Random(seed), 1.0, most=4)))
+    assert len(drawn) == 10
+
+
+def test_nothing_is_drawn_twice_or_too_late() -> None:
+    generator = random.Random(1)
+    traffic = busy(generator, 20)
+    first = traffic.draw(generator, 1.0, most=4)
+    again = traffic.draw(generator, 1.0, most=4)
+    assert first and again and not {one.microbatch for one in first} & {one.microbatch for one in again}
+    assert not traffic.draw(generator, FRESH + 1, most=4)
+
+
+def test_the_accused_are_looked_at_first_and_twice() -> None:
+    generator = random.Random(2)
+    accused = PEERS[1][2]
+    for _ in range(10):
+        panel = busy(generator).draw(generator, 1.0, most=5, wanted={accused})
+        assert sum(accused in one.path.values() for one in panel) >= 2
+
+
+def test_an_alarm_names_the_sender_and_is_drawn_though_its_way_ended() -> None:
+    generator = random.Random(3)
+    traffic = busy(generator)
+    path = [stage[0] for stage in PEERS]
+    microbatch = pass_on(traffic, 999, path, flagged_at=2)
+    (alarm,) = traffic.alarms(1.0)
+    assert alarm.microbatch == microbatch and alarm.flagged == {(2, Direction.ACTIVATION): path[1]}
+    panel = traffic.draw(generator, 1.0, most=5, start=alarm)
+    assert panel[0] is alarm and len(panel) > 1
+    assert not traffic.alarms(1.0)
+
+
+def test_who_does_not_speak_for_itself_is_waited_for_and_then_looked_at_all_the_same() -> None:
+    generator = random.Random(4)
+    traffic = Traffic(STAGES)
+    path = [stage[0] for stage in PEERS]
+    pass_on(traffic, 1, path, silent=1)
+    assert not traffic.draw(generator, 1.0, most=4)
+    (late,) = traffic.draw(generator, SPEAK_WITHIN + 1, most=4)
+    assert late.path[1] == path[1] and path[1] not in late.states
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    traffic = Traffic(STAGES)
+    for slot in range(MAX_KNOWN + 50):
+        pass_on(traffic, slot, [stage[0] for stage in PEERS])
+    assert len(traffic._journeys) == MAX_KNOWN
+
+
+def test_an_allowance_is_saved_up_to_its_limit() -> None:
+    allowance = Allowance(limit=4.0, saved=0.0)
+    assert not allowance.can_pay(1.0)
+    allowance.earn(10.0)
+    allowance.pay(3.0)
+    assert allowance.can_pay(1.0) and not allowance.can_pay(1.5)
+
+
+def test_who_refuses_is_suspected_then_quarantined_and_never_banned() -> None:
+    conduct = Conduct()
+    seen = []
+    for _ in range(50):
+        conduct.fail("peer", "does not show")
+        seen.append(conduct.verdict("peer"))
+    assert seen[:4] == [Verdict.OK, Verdict.SUSPECT, Verdict.SUSPECT, Verdict.QUARANTINED]
+    assert Verdict.BANNED not in seen
+
+
+def test_who_refuses_one_in_three_is_found_out_and_one_in_ten_is_not() -> None:
+    for share, expected in ((3, Verdict.QUARANTINED), (10, Verdict.OK)):
+        conduct = Conduct()
+        for number in range(1, 61):
+            if number % share == 0:
+                conduct.fail("peer", "does not show")
+            else:
+                conduct.please("peer")
+        assert conduct.verdict("peer") is expected

@@ -1,0 +1,132 @@
+"""Asks nodes, over links: what passed, what they were sent of it, and to do work again."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from protocol import wire
+from protocol.codec import TensorHeader, decode_tensor
+from protocol.errors import ProtocolError, Reason
+from protocol.identity import PeerId
+from protocol.links import Link, Switchboard
+from protocol.manifest import Manifest
+from protocol.messages import MAX_CHUNK
+from protocol.receipts import Direction
+from protocol.samples import (
+    MAX_LISTED,
+    REDO,
+    REDO_REST,
+    SAMPLE_LIST,
+    SAMPLE_SHOW,
+    Listed,
+    Redo,
+    Redone,
+    RedoRest,
+    SampleList,
+    SampleShow,
+    Shown,
+)
+from verifier.exhibits import Exhibit, Question, Work, largest_exhibit, read_exhibit
+from verifier.tribunal import Answer
+
+# Longer than a link without a heartbeat lives: who hangs loses its link, and who stalls is timed out.
+ANSWER_WITHIN = 8.0
+_CPU = torch.device("cpu")
+
+
+class Inquirer:
+    """Every question raises `ProtocolError` with what the node refused with, unreachable, timed_out, or what is wrong
+    with its answer."""
+
+    def __init__(self, switchboard: Switchboard, manifest: Manifest) -> None:
+        self._switchboard = switchboard
+        batch = manifest.batch
+        self.header = TensorHeader(manifest.wire, (batch.sequences, batch.context, manifest.model.width))
+        self._row = TensorHeader(manifest.wire, (1, batch.context, manifest.model.width))
+        self._limit = largest_exhibit(self.header)
+        self._last = manifest.stages.count - 1
+        self._numbers = itertools.count(1)
+
+    async def list_passages(self, link: Link, since: int) -> Listed:
+        body, _ = await link.request(SAMPLE_LIST, SampleList(since), timeout=ANSWER_WITHIN)
+        listed = wire.decode(Listed, body)
+        if listed.serial < since or (listed.passages and listed.serial < since + len(listed.passages)):
+            raise ProtocolError(Reason.MALFORMED, f"{len(listed.passages)} passages up to {listed.serial}")
+        return listed
+
+    def is_full(self, listed: Listed) -> bool:
+        """Whether there may be more to list."""
+        return len(listed.passages) >= MAX_LISTED
+
+    async def show(self, question: Question) -> Exhibit:
+        link = self._link(question.holder)
+        parts: list[memoryview] = []
+        received, size, receipt = 0, 1, None
+        while received < size:
+            ask = SampleShow(question.microbatch, question.direction, question.sequence, received)
+            body, part = await link.request(SAMPLE_SHOW, ask, timeout=ANSWER_WITHIN)
+            shown = wire.decode(Shown, body)
+            size, receipt = shown.size, shown.receipt
+            received += len(part)
+            if not len(part) or size > self._limit or received > size:
+                raise ProtocolError(Reason.MALFORMED, f"{received} of {size} bytes shown")
+            parts.append(part)
+        assert receipt is not None
+        whole = parts[0] if len(parts) == 1 else memoryview(bytearray(b"".join(parts)))
+        return read_exhibit(question, receipt, whole, self.header)
+
+    async def redo(self, witness: PeerId, work: Work) -> Answer:
+        """What `witness` makes of the same input with the weights of the same version."""
+        link, number, inputs = self._link(witness), next(self._numbers), self._inputs(work)
+        receipt, offset = work.receipt, 0
+        while True:
+            question = Redo(
+                number=number,
+                direction=work.direction,
+                version=receipt.version,
+                slot=receipt.microbatch.slot,
+                sequence=work.sequence,
+                offset=offset,
+                size=len(inputs),
+            )
+            part = inputs[offset : offset + MAX_CHUNK]
+            body, answer = await link.request(REDO, question, part, timeout=ANSWER_WITHIN)
+            offset += len(part)
+            if offset >= len(inputs):
+                break
+        redone = wire.decode(Redone, body)
+        size = redone.size
+        if size != self._row.size:
+            raise ProtocolError(Reason.MALFORMED, f"{size} bytes redone")
+        whole = await self._rest(link, number, size, answer)
+        return Answer(decode_tensor(whole, self._row, _CPU), redone.state)
+
+    async def _rest(self, link: Link, number: int, size: int, first: memoryview) -> memoryview:
+        whole = bytearray(first)
+        while len(whole) < size:
+            _, part = await link.request(REDO_REST, RedoRest(number, len(whole)), timeout=ANSWER_WITHIN)
+            if not len(part):
+                raise ProtocolError(Reason.MALFORMED, "an empty part")
+            whole += part
+        return memoryview(whole)
+
+    def _inputs(self, work: Work) -> memoryview:
+        """See `protocol.samples.Redo`."""
+        if work.forward is None:
+            return memoryview(b"")
+        if work.direction is Direction.ACTIVATION:
+            return work.forward.sequence
+        if work.stage == self._last:
+            more = work.forward.labels
+        else:
+            assert work.source is not None
+            more = work.source.sequence
+        return memoryview(b"".join((work.forward.sequence, more)))
+
+    def _link(self, peer: PeerId) -> Link:
+        link = self._switchboard.links.get(peer)
+        if link is None or not link.is_up:
+            raise ProtocolError(Reason.UNREACHABLE, peer)
+        return link

@@ -1,0 +1,264 @@
+"""Drawing panels, having what is shown of them judged, and holding to account who does not show it.
+
+Speaks to nodes through the inquirer; the judging core runs on a thread of its own. What follows from it is
+`verifier.bench.Bench.opinion`, and another's to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import monotonic
+from typing import TypeVar
+
+import structlog
+
+from protocol.errors import ProtocolError, Reason
+from protocol.identity import PeerId
+from protocol.manifest import Manifest
+from protocol.votes import Cause
+from verifier.bench import Bench, streams_of
+from verifier.exhibits import Exhibit, Question, Work, works_of
+from verifier.inquirer import ANSWER_WITHIN, Inquirer
+from verifier.sampling import Allowance, Journey, Traffic
+from verifier.sentinel import Settings
+from verifier.streams import Direction, StageIndex
+from verifier.tribunal import FEWEST_WITNESSES, PRICE, Finding, hear
+
+log = structlog.get_logger("verifier")
+
+T = TypeVar("T")
+_Place = tuple[StageIndex, Direction]
+
+BYTES_SHARE = 0.04
+"""Share of the run's bytes that all verifiers together ask for, unless there is a suspicion."""
+ALARM_SHARE = 0.02
+"""Share of the microbatches that one verifier may look at for alarms and suspicions, beyond what it samples."""
+ALARMS_SAVED = 24.0
+RECOMPUTE_SHARE = 0.009
+"""Share of the run's compute that all verifiers together may have done again."""
+HEARINGS_SAVED = 24.0
+"""What may be saved up for hearings, in forward passes of one sequence: several worst cases of a small stage."""
+_ROUTINE_ABOVE = HEARINGS_SAVED * 3 / 4
+UNREACHABLE_FOR = 20.0
+"""Seconds for which a node that takes part may be out of a verifier's reach before that counts as hiding."""
+_FEW = 4
+"""Samples of a peer below which it is new."""
+_PULSE, _STALL = 0.5, 3.0
+_ITS_OWN_DOING = frozenset(
+    {
+        Reason.FOREIGN_RUN,
+        Reason.UNSOLICITED,
+        Reason.WRONG_PEER,
+        Reason.WRONG_STAGE,
+        Reason.BAD_SIGNATURE,
+        Reason.WRONG_DIGEST,
+        Reason.MALFORMED,
+    }
+)
+"""What no network does to an answer: its receipt or its tensor is not what was signed."""
+
+
+class Judge:
+    """Of one verifier. `replicas` gives the nodes of a stage that can be asked, `is_banned` what all know of a peer."""
+
+    def __init__(
+        self,
+        run: bytes,
+        manifest: Manifest,
+        inquirer: Inquirer,
+        replicas: Callable[[StageIndex], list[PeerId]],
+        is_banned: Callable[[PeerId], bool],
+    ) -> None:
+        policy, sequences = manifest.verification, manifest.batch.sequences
+        count = len(policy.verifiers)
+        self._run, self._inquirer = run, inquirer
+        self._stages, self._sequences = manifest.stages.count, sequences
+        self._replicas, self._is_banned = replicas, is_banned
+        self._generator = random.Random(secrets.randbits(128))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
+        self.traffic = Traffic(self._stages)
+        # Hearings are paid for here, not by the core.
+        self.bench = Bench(Settings(alpha=policy.alpha, recompute=0.0))
+        # Every panel shows one sequence of each tensor.
+        self._rate = min(policy.sampling, BYTES_SHARE / count * sequences)
+        self._hearing_rate = RECOMPUTE_SHARE / count * sequences * self._stages * PRICE[Direction.GRADIENT]
+        self._routine = Allowance(2.0 * self._panel_size, float(self._panel_size))
+        self._alarms = Allowance(ALARMS_SAVED, ALARMS_SAVED)
+        self._hearings = Allowance(HEARINGS_SAVED, HEARINGS_SAVED)
+        self._round = 0
+        self._held_lost: dict[PeerId, float] = {}
+        self._stalled_until, self._pulse = 0.0, monotonic()
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def _panel_size(self) -> int:
+        """Microbatches of a panel: one a replica where they are spread evenly, and one to spare."""
+        return max(2, *(len(self._replicas(stage)) for stage in range(self._stages))) + 1
+
+    def earn(self, microbatches: int) -> None:
+        """So many more have passed: that much more may be looked at."""
+        self._routine.limit = 2.0 * self._panel_size
+        self._routine.earn(self._rate * microbatches)
+        self._alarms.earn(ALARM_SHARE * microbatches)
+        self._hearings.earn(self._hearing_rate * microbatches)
+
+    async def watch_ourselves(self) -> None:
+        """Until cancelled. Where we ourselves were stopped, that others did not answer says nothing about them."""
+        self._pulse = monotonic()
+        while True:
+            await asyncio.sleep(_PULSE)
+            now = monotonic()
+            if now - self._pulse > _STALL:
+                self._stalled_until = now + 2 * ANSWER_WITHIN
+            self._pulse = now
+
+    def stop(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *arguments))
+
+    # --- drawing ---
+
+    async def sit(self, accused: Collection[PeerId], known: Collection[PeerId]) -> set[PeerId]:
+        """At most one panel: an alarm's first, then one for the accused, then a routine one. Who was looked at.
+
+        `known` are all nodes: the newest among them come first in a routine panel.
+        """
+        panel = self._draw(accused, known)
+        if not panel:
+            return set()
+        self._round += 1
+        self.counts["sampled"] += len(panel)
+        return await self._examine(panel, accused)
+
+    def _draw(self, accused: Collection[PeerId], known: Collection[PeerId]) -> list[Journey]:
+        now, size = monotonic(), self._panel_size
+        draw = partial(self.traffic.draw, self._generator, now, most=size)
+        alarms = self.traffic.alarms(now)
+        if alarms and self._alarms.can_pay(size):
+            panel = draw(start=self._generator.choice(alarms), wanted=accused)
+            self.counts["alarms"] += 1
+            self._alarms.pay(len(panel))
+        elif accused and self._alarms.can_pay(size):
+            panel = draw(wanted=accused)
+            self._alarms.pay(len(panel))
+        elif self._routine.can_pay(size):
+            panel = draw(wanted={peer for peer in known if self.bench.opinion(peer).samples < _FEW})
+            self._routine.pay(len(panel))
+        else:
+            panel = []
+        return panel
+
+    # --- judging ---
+
+    async def _examine(self, panel: Sequence[Journey], accused: Collection[PeerId]) -> set[PeerId]:
+        found = await asyncio.gather(*(self._look_at(journey) for journey in panel))
+        works = [work for some in found for work in some if not self._is_banned(work.peer)]
+        suspects = {*accused, *(peer for journey in panel for peer in journey.flagged.values())}
+        for (stage, _), group in streams_of(works):
+            replicas = self._replicas(stage)
+            screening = await self._in_thread(self.bench.screen, group, self._round, len(replicas))
+            places = self.bench.worth_hearing(screening, group, suspects)
+            findings: dict[int, Finding] = {}
+            for place in (*places, *self._routine_hearing(group, places)):
+                if (finding := await self._hear(group[place], replicas)) is not None:
+                    findings[place] = finding
+            await self._in_thread(self.bench.record, screening, group, findings)
+        return {work.peer for work in works}
+
+    async def _look_at(self, journey: Journey) -> list[Work]:
+        """What the nodes on a microbatch's way show of it, as far as it hangs together."""
+        sequence = self._generator.randrange(self._sequences)
+        questions = [
+            Question(self._run, peer, stage, journey.microbatch, direction, sequence)
+            for stage, peer in journey.path.items()
+            for direction in Direction
+            if (stage > 0 if direction is Direction.ACTIVATION else stage < self._stages - 1)
+            and not self._is_banned(peer)
+        ]
+        answers = await asyncio.gather(
+            *(self._inquirer.show(one) for one in questions), return_exceptions=True
+        )
+        shown: dict[_Place, Exhibit] = {}
+        failures: dict[_Place, tuple[PeerId, ProtocolError]] = {}
+        for question, answer in zip(questions, answers, strict=True):
+            key = question.stage, question.direction
+            if isinstance(answer, Exhibit):
+                shown[key] = answer
+            elif isinstance(answer, ProtocolError):
+                failures[key] = question.holder, answer
+            elif isinstance(answer, BaseException):
+                raise answer
+        self._hold_to_account(shown, failures)
+        works, exposures = works_of(shown, self._stages, sequence, journey.states)
+        for exposure in exposures:
+            log.info("exposed", peer=exposure.peer, stage=exposure.stage, problem=exposure.problem)
+            self.bench.conduct.fail(exposure.peer, exposure.problem, Cause.RECEIPTS)
+        for work in works:
+            self.bench.conduct.please(work.peer)
+        return works
+
+    def _hold_to_account(
+        self,
+        shown: Mapping[_Place, Exhibit],
+        failures: Mapping[_Place, tuple[PeerId, ProtocolError]],
+    ) -> None:
+        """Whose output was shown by its receiver must have had what it was made of."""
+        owing: set[_Place] = set()
+        for exhibit in shown.values():
+            owing.add((exhibit.receipt.stage, Direction.ACTIVATION))
+            if exhibit.receipt.direction is Direction.GRADIENT:
+                owing.add((exhibit.receipt.stage, Direction.GRADIENT))
+        for key, (peer, error) in failures.items():
+            if key in owing or error.reason in _ITS_OWN_DOING:
+                self.hold_against(peer, f"does not show the {key[1]} that it was sent", error)
+
+    def note_lost(self, peer: PeerId, seconds: float) -> None:
+        """There has been no link to the peer for so long. Who all the while takes part hides from us."""
+        if seconds < UNREACHABLE_FOR or not self.traffic.has_seen(peer, monotonic() - UNREACHABLE_FOR / 2):
+            return
+        if monotonic() - self._held_lost.get(peer, -UNREACHABLE_FOR) > UNREACHABLE_FOR:
+            self._held_lost[peer] = monotonic()
+            self.bench.conduct.fail(peer, "takes part, but is out of verifiers' reach")
+
+    def hold_against(self, peer: PeerId, problem: str, error: ProtocolError) -> None:
+        """A failure counts unless it may be the network's or ours: who hangs or is gone loses its link."""
+        if error.reason is Reason.UNREACHABLE:
+            return
+        if self._stalled_until > monotonic() or monotonic() - self._pulse > _STALL:
+            return
+        log.info("not shown", peer=peer, problem=problem, reason=error.reason.value)
+        cause = Cause.RECEIPTS if error.reason in _ITS_OWN_DOING else Cause.WITHHELD
+        self.bench.conduct.fail(peer, f"{problem} ({error.reason.value})", cause)
+
+    # --- hearings ---
+
+    async def _hear(self, work: Work, replicas: Sequence[PeerId]) -> Finding | None:
+        witnesses = [peer for peer in replicas if peer != work.peer]
+        price = PRICE[work.direction]
+        worst = price * max(FEWEST_WITNESSES, len(witnesses) // 2 + 1)
+        if not witnesses or not self._hearings.can_pay(worst):
+            return None
+        finding = await hear(work, witnesses, self._inquirer.redo, self._generator)
+        self._hearings.pay(finding.asked * price)
+        self.counts["hearings"] += 1
+        if finding.guilty:
+            log.warning(
+                "found against", peer=work.peer, stage=work.stage, direction=work.direction.value,
+                version=work.receipt.version, difference=round(finding.difference, 3),
+            )  # fmt: skip
+        return finding
+
+    def _routine_hearing(self, group: Sequence[Work], heard: Collection[int]) -> list[int]:
+        """What is saved beyond the worst cases is spent on anybody, so that nobody can feel safe."""
+        rest = [place for place in range(len(group)) if place not in heard]
+        if not rest or self._hearings.saved < _ROUTINE_ABOVE:
+            return []
+        return [self._generator.choice(rest)]

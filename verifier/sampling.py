@@ -1,0 +1,147 @@
+"""What has passed through the run, and what of it is looked at. Pure: clock and randomness are the caller's.
+
+A sample is a *panel*: microbatches that ended lately and between them passed through every replica of every stage, so
+that each replica can be compared with the others of the same moment. It is drawn after the tensors were receipted, by
+randomness that only this verifier knows, so nobody can know in advance what will be looked at.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from protocol.identity import PeerId
+from protocol.receipts import Direction, MicrobatchId
+from protocol.samples import Passage
+from verifier.streams import StageIndex
+
+MAX_KNOWN = 4096
+SPEAK_WITHIN = 5.0
+"""Seconds within which everybody on a microbatch's way must have said what it did."""
+FRESH = 12.0
+"""Seconds after a microbatch was first heard of during which it may be drawn: its tensors are held a little longer."""
+
+Path = Mapping[StageIndex, PeerId]
+
+
+@dataclass
+class Journey:
+    """One microbatch: where it passed, as those who held it say, and what was odd about it."""
+
+    microbatch: MicrobatchId
+    heard: float
+    path: dict[StageIndex, PeerId] = field(default_factory=dict)
+    flagged: dict[tuple[StageIndex, Direction], PeerId] = field(default_factory=dict)
+    """By the stage of the receiver who flagged it: the sender of what was flagged."""
+    states: dict[PeerId, bytes] = field(default_factory=dict)
+    """The weights that each holder says it used; whoever is not in it has not spoken for itself yet."""
+    drawn: bool = False
+
+
+class Traffic:
+    """The latest `MAX_KNOWN` microbatches."""
+
+    def __init__(self, stages: int) -> None:
+        self._stages = stages
+        self._journeys: OrderedDict[MicrobatchId, Journey] = OrderedDict()
+        self.finished = 0
+        """Microbatches that a head has had back."""
+
+    def note(self, holder: PeerId, stage: StageIndex, passage: Passage, now: float) -> None:
+        """Take in what `holder` says of one microbatch. It speaks for itself, and only names its neighbours."""
+        journey = self._journeys.get(passage.microbatch)
+        if journey is None:
+            journey = self._journeys[passage.microbatch] = Journey(passage.microbatch, now)
+            if len(self._journeys) > MAX_KNOWN:
+                self._journeys.popitem(last=False)
+        journey.path[stage] = holder
+        journey.states.setdefault(holder, passage.state)
+        if passage.previous is not None and stage > 0:
+            journey.path.setdefault(stage - 1, PeerId(passage.previous))
+        if passage.next is not None and stage < self._stages - 1:
+            journey.path.setdefault(stage + 1, PeerId(passage.next))
+        sender = passage.previous if passage.flagged is Direction.ACTIVATION else passage.next
+        if passage.flagged is not None and sender is not None:
+            journey.flagged[stage, passage.flagged] = PeerId(sender)
+        if stage == 0 and passage.next is not None and passage.flagged is None:
+            self.finished += 1
+
+    def has_seen(self, peer: PeerId, since: float) -> bool:
+        """Whether anybody has named the peer as a neighbour in a microbatch first heard of after `since`."""
+        for journey in reversed(self._journeys.values()):
+            if journey.heard < since:
+                break
+            if peer in journey.path.values():
+                return True
+        return False
+
+    def alarms(self, now: float) -> list[Journey]:
+        """What receivers flagged and nobody has looked at yet."""
+        return [one for one in self._fresh(now) if one.flagged and not one.drawn]
+
+    def draw(
+        self,
+        generator: random.Random,
+        now: float,
+        *,
+        most: int,
+        wanted: Collection[PeerId] = (),
+        start: Journey | None = None,
+    ) -> list[Journey]:
+        """A panel of at most `most`, beginning with `start`: each adds a replica that was not in it yet.
+
+        Peers in `wanted` come first, and twice.
+        """
+        candidates = [one for one in self._fresh(now) if self._is_ready(one, now)]
+        generator.shuffle(candidates)
+        candidates.sort(key=lambda one: -sum(peer in wanted for peer in one.path.values()))
+        panel = [start] if start is not None else []
+        covered = {peer for one in panel for peer in one.path.values()}
+        doubled: set[PeerId] = set()
+        for journey in candidates:
+            if len(panel) >= most:
+                break
+            peers = set(journey.path.values())
+            again = (peers & set(wanted)) - doubled
+            if journey is not start and (peers - covered or again):
+                panel.append(journey)
+                doubled |= again & covered
+                covered |= peers
+        for journey in panel:
+            journey.drawn = True
+        return panel
+
+    def _is_ready(self, journey: Journey, now: float) -> bool:
+        """Whether its whole path is known, and everybody on it has spoken for itself or has had the time to."""
+        if journey.drawn or len(journey.path) < self._stages:
+            return False
+        return now - journey.heard > SPEAK_WITHIN or all(
+            peer in journey.states for peer in journey.path.values()
+        )
+
+    def _fresh(self, now: float) -> list[Journey]:
+        fresh = []
+        for journey in reversed(self._journeys.values()):
+            if now - journey.heard > FRESH:
+                break
+            fresh.append(journey)
+        return fresh
+
+
+@dataclass
+class Allowance:
+    """Something that may be spent at a rate and saved up to a limit: a token bucket without a clock of its own."""
+
+    limit: float
+    saved: float
+
+    def earn(self, amount: float) -> None:
+        self.saved = min(self.limit, self.saved + amount)
+
+    def can_pay(self, price: float) -> bool:
+        return self.saved >= price
+
+    def pay(self, price: float) -> None:
+        self.saved -= price

@@ -1,0 +1,260 @@
+"""The verifier peer: keeps links to the nodes, listens to what passes, and has the judge sit and the spokesman speak.
+
+It serves no stage, and no node depends on it for its work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, time
+
+import structlog
+
+from protocol import wire
+from protocol.ballots import Ballots
+from protocol.directory import Directory, StageRecord
+from protocol.errors import ProtocolError, UserError
+from protocol.host import DEFAULT_LISTEN, Host
+from protocol.identity import Identity, PeerId
+from protocol.introduction import Deaf, fetch_manifest
+from protocol.invite import Invite
+from protocol.links import Link, Switchboard
+from protocol.manifest import SignedManifest
+from protocol.samples import Effort, effort_topic
+from protocol.vote_set import VoteSet
+from verifier.inquirer import Inquirer
+from verifier.judge import Judge
+from verifier.spokesman import Known, Spokesman
+from verifier.streams import StageIndex
+
+log = structlog.get_logger("verifier")
+
+LISTEN_EVERY, LISTEN_CLOSELY = 2.0, 0.5
+"""Seconds between two questions to every node; closely, as long as somebody is accused."""
+MEET_EVERY, MEET_AT_FIRST, FIRST = 6.0, 2.0, 30.0
+"""Seconds between two looks into the directory; at first, for the first `FIRST` seconds."""
+SIT_EVERY = 0.5
+EFFORT_EVERY = 3.0
+REPORT_EVERY = 5.0
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    invite: Invite
+    identity: Path
+    listen: Sequence[str] = DEFAULT_LISTEN
+
+
+@dataclass
+class _Node:
+    """A node that we know of, since when, how far we have listened, and since when it is out of reach."""
+
+    stage: StageIndex
+    met: float
+    throughput: float = 0.0
+    cursor: int = 0
+    lost_at: float | None = None
+
+
+class Verifier:
+    """`start`, then `wait` until something fails. `stop` on every path."""
+
+    def __init__(self, config: VerifierConfig) -> None:
+        self._config = config
+        self._identity = Identity.load_or_create(config.identity)
+        self.peer_id = self._identity.peer_id
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._failed: asyncio.Future[None] | None = None
+        self._host: Host | None = None
+        self._nodes: dict[PeerId, _Node] = {}
+        self._began = self._met_at = self._listened_at = 0.0
+
+    # --- joining ---
+
+    async def start(self) -> None:
+        """Join the run. Raises `UserError` for what a person can mend: above all, not to be one of its verifiers."""
+        config = self._config
+        self._failed = asyncio.get_running_loop().create_future()
+        self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
+        self._spawn(host.watch())
+        signed = await fetch_manifest(host, config.invite)
+        electorate = signed.electorate
+        if self.peer_id not in electorate.verifiers:
+            raise UserError(
+                f"This run's manifest does not name {self.peer_id} as a verifier",
+                "Give the key that `init` wrote with --identity, or ask the operator to name this peer",
+            )
+        self._stages = signed.manifest.stages.count
+        self._directory = await Directory.join(host, signed.run, self._stages)
+        await self._open(host, signed)
+        self._inquirer = Inquirer(self._switchboard, signed.manifest)
+        self.judge = Judge(signed.run, signed.manifest, self._inquirer, self._replicas, self.votes.is_banned)
+        self._spokesman = Spokesman(self._identity, electorate, host, self._ballots, self.judge.bench)
+        self._spokesman.remember()
+        self._spawn(self.judge.watch_ourselves())
+        self._began = monotonic()
+        self._every(MEET_AT_FIRST, self._meet)
+        self._every(LISTEN_CLOSELY, self._listen)
+        self._every(SIT_EVERY, self._sit)
+        self._every(EFFORT_EVERY, self._tell_effort)
+        self._every(REPORT_EVERY, self._report)
+        log.info("verifying", peer=self.peer_id, quorum=electorate.quorum, of=len(electorate.verifiers))
+
+    async def _open(self, host: Host, signed: SignedManifest) -> None:
+        """Take links, and learn what has been voted."""
+        self.votes = VoteSet(signed.electorate)
+        self._switchboard = Switchboard(host, signed.run, stage=-1, max_tensor=0, owner=Deaf())
+        self._switchboard.obey(self.votes)
+        key = self._config.identity
+        self._ballots = Ballots(
+            self._switchboard,
+            self.votes,
+            seeds=self._config.invite.seeds,
+            path=key.with_name(f"{key.stem}-{signed.run.hex()[:16]}.votes"),
+        )
+        await self._switchboard.start()
+        await self._ballots.start()
+        await self._ballots.catch_up()
+        self._spawn(self._ballots.run())
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Future[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_exception(error)
+
+    def _every(self, seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+        async def repeat() -> None:
+            while True:
+                try:
+                    await action()
+                except (ProtocolError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+                    log.warning("will be tried again", action=action.__name__, reason=str(error))
+                await asyncio.sleep(seconds)
+
+        self._spawn(repeat())
+
+    # --- who is there, and what passes ---
+
+    @property
+    def _links(self) -> dict[PeerId, Link]:
+        """Links to nodes."""
+        links = self._switchboard.links
+        return {peer: link for peer, link in links.items() if link.is_up and link.stage >= 0}
+
+    def _replicas(self, stage: StageIndex) -> list[PeerId]:
+        return [peer for peer, link in self._links.items() if link.stage == stage]
+
+    @property
+    def _known(self) -> dict[PeerId, Known]:
+        now = monotonic()
+        return {
+            peer: Known(node.stage, node.throughput, now - node.met) for peer, node in self._nodes.items()
+        }
+
+    async def _meet(self) -> None:
+        """Keep a link to every node, and remember who is out of reach since when."""
+        links, now = self._links, monotonic()
+        if now - self._began > FIRST and now - self._met_at < MEET_EVERY:
+            return
+        self._met_at = now
+        found = await asyncio.gather(*(self._directory.peers(stage) for stage in range(self._stages)))
+        records = {peer: record for stage in found for peer, record in stage.items()}
+        for peer in [peer for peer in self._nodes if peer not in records and peer not in links]:
+            del self._nodes[peer]
+        for peer, record in records.items():
+            if self.votes.is_banned(peer):
+                continue
+            node = self._nodes.setdefault(peer, _Node(record.stage, now))
+            node.throughput = record.throughput
+            if peer in links:
+                node.lost_at = None
+            else:
+                node.lost_at, node.cursor = node.lost_at or now, 0
+                self._spawn(self._connect(peer, record))
+
+    async def _connect(self, peer: PeerId, record: StageRecord) -> None:
+        with suppress(ProtocolError):
+            await self._switchboard.connect(peer, record.addresses)
+
+    async def _listen(self) -> None:
+        if monotonic() - self._listened_at < LISTEN_EVERY and not self._spokesman.accused():
+            return
+        self._listened_at = monotonic()
+        before = self.judge.traffic.finished
+        await asyncio.gather(*(self._listen_to(peer, link) for peer, link in self._links.items()))
+        self.judge.earn(self.judge.traffic.finished - before)
+        now = monotonic()
+        for peer, node in self._nodes.items():
+            node.stage = self._links[peer].stage if peer in self._links else node.stage
+            if node.lost_at is not None:
+                self.judge.note_lost(peer, now - node.lost_at)
+
+    async def _listen_to(self, peer: PeerId, link: Link) -> None:
+        node = self._nodes.setdefault(peer, _Node(link.stage, monotonic()))
+        try:
+            listed = await self._inquirer.list_passages(link, node.cursor)
+        except ProtocolError as error:
+            self.judge.hold_against(peer, "does not say what passed through it", error)
+            return
+        node.cursor = listed.serial
+        for passage in listed.passages:
+            self.judge.traffic.note(peer, link.stage, passage, monotonic())
+
+    # --- judging and speaking ---
+
+    async def _sit(self) -> None:
+        self.votes.advance(time())
+        known = self._known
+        await self.judge.sit(self._spokesman.accused(), known)
+        await self._spokesman.review(known, known)
+
+    async def _report(self) -> None:
+        await self._spokesman.report(self._known)
+
+    async def _tell_effort(self) -> None:
+        assert self._host is not None
+        await self._host.publish(effort_topic(self._switchboard.run), wire.encode(self.effort()))
+
+    def effort(self) -> Effort:
+        """What we have done so far."""
+        links, counts = self._switchboard.links.values(), self.judge.counts
+        streams = [stream for link in links for stream in link.streams]
+        return Effort(
+            passed=self.judge.traffic.finished,
+            sampled=counts["sampled"],
+            alarms=counts["alarms"],
+            hearings=counts["hearings"],
+            bytes=sum(stream.sent_bytes + stream.received_bytes for stream in streams),
+        )
+
+    # --- ending ---
+
+    async def wait(self) -> None:
+        """For ever, or until a task fails: raises its error."""
+        assert self._failed is not None
+        await asyncio.shield(self._failed)
+
+    async def stop(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._failed is not None:
+            self._failed.cancel()
+        if hasattr(self, "judge"):
+            self.judge.stop()
+        if hasattr(self, "_ballots"):
+            await self._ballots.stop()
+            await self._switchboard.stop()
+        if self._host is not None:
+            await self._host.stop()
