@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -15,16 +14,17 @@ from node import witness
 from node.witness import Witness
 from protocol.codec import TensorHeader, decode_tensor, digest
 from protocol.errors import ProtocolError, Reason
-from protocol.host import LOOPBACK, Host
-from protocol.identity import Identity
 from protocol.links import Switchboard
 from protocol.messages import Credit, Gradient
 from protocol.receipts import Direction, MicrobatchId
+from tests.conftest import StartHost
 from tests.node.neighbours import CPU, Neighbour, Place, Victim, round_trip, until
 from tests.swarms import small_manifest
 from verifier.audit import agrees
 from verifier.exhibits import Exhibit, Question, Work
 from verifier.inquirer import Inquirer
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(60)]
 
 MANIFEST = small_manifest()
 ACTIVATION, GRADIENT = Direction.ACTIVATION, Direction.GRADIENT
@@ -49,21 +49,25 @@ class Court:
         return MicrobatchId(self.head.place.identity.peer_id, slot)
 
 
-async def settle(folder: Path, name: str) -> Place:
-    identity = Identity.load_or_create(folder / name)
-    host = await Host.start(folder / name, listen=LOOPBACK)
-    return Place(host, identity, await host.addresses())
-
-
 class _Deaf:
     def on_link_up(self, link: object) -> None: ...
     def on_link_down(self, link: object) -> None: ...
     def on_message(self, link: object, message: object, payload: memoryview) -> None: ...
 
 
-@pytest_asyncio.fixture
-async def court(tmp_path: Path) -> AsyncIterator[Court]:
-    places = await asyncio.gather(*(settle(tmp_path, name) for name in ("own", "head", "tail", "verifier")))
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def places(start_host: StartHost) -> list[Place]:
+    """For the node, its head, its tail and a verifier."""
+
+    async def one() -> Place:
+        host, identity = await start_host()
+        return Place(host, identity, await host.addresses())
+
+    return list(await asyncio.gather(*(one() for _ in range(4))))
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def court(places: list[Place]) -> AsyncIterator[Court]:
     victim = Victim(places[0], MANIFEST, capacity=8, hold_bytes=1 << 24)
     victim.passes.trainer.memory = 2
     victim.passes.note_state(b"s" * 32)
@@ -80,8 +84,6 @@ async def court(tmp_path: Path) -> AsyncIterator[Court]:
     finally:
         for one in (head, tail, victim, judge):
             await one.stop()
-        for place in places:
-            await place.host.stop()
 
 
 async def test_it_lists_what_passed_and_goes_on_from_there(court: Court) -> None:
