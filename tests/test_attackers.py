@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.swarm import EXIT_BANNED as BANNED
 from benchmarks.swarm import LocalSwarm, Process, local_swarm, until, watching, with_verifiers
-from cli.failures import BANNED
 from node.observer import Observer
 from protocol.manifest import Manifest
 from protocol.votes import Verdict
