@@ -231,7 +231,9 @@ async def _watch(view: DemoView, show: Callable[[DemoView], None]) -> None:
     while not view.is_over:
         known = len(view.losses)
         await view.observer.wait_for_news(timeout=1.0)
-        view.swarm.check_alive(but=[node for node in view.swarm.nodes if node not in view.at_work])
+        # It may know of its ban before we do.
+        gone = [node for node in view.swarm.nodes if node.was_banned or node not in view.at_work]
+        view.swarm.check_alive(but=gone)
         view.update()
         if len(view.losses) > known:
             patience = monotonic() + _ROUND_WITHIN

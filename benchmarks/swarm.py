@@ -30,6 +30,8 @@ from protocol.manifest import Manifest, SignedManifest, VerificationSection
 _INVITE_WITHIN = 60.0
 _STOP_WITHIN = 25.0
 _POLL = 0.1
+EXIT_BANNED = 3
+"""Exit code of `join` for a volunteer that is banned."""
 
 
 class SwarmError(SentinelError):
@@ -68,6 +70,11 @@ class Process:
     @property
     def is_alive(self) -> bool:
         return self.process.is_alive()
+
+    @property
+    def was_banned(self) -> bool:
+        """Whether it ended because it was told that it is banned."""
+        return bool(self.process.exitcode == EXIT_BANNED)
 
     def signal(self, number: int) -> None:
         if self.process.pid is not None:

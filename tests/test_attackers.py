@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.swarm import EXIT_BANNED as BANNED
 from benchmarks.swarm import LocalSwarm, Process, local_swarm, until, watching, with_verifiers
-from cli.failures import BANNED
 from node.observer import Observer
 from protocol.manifest import Manifest
 from protocol.votes import Verdict
@@ -65,8 +65,9 @@ async def test_the_attacker_is_banned_and_nobody_else(tmp_path: Path, attack: st
         await asyncio.to_thread(attacker.process.join, 30)
         assert attacker.process.exitcode == BANNED
         line = attacker.tail(1)
-        for part in ("is banned", *votes, "did it again", "until", "operator"):
+        for part in ("is banned", "did it again", "until", "operator"):
             assert part in line
+        assert sum(verifier in line for verifier in swarm.signed.electorate.verifiers) >= QUORUM
 
         await rounds_go_on(observer, "without the attacker")
         again = swarm.join(1, name=attacker.name)

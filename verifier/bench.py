@@ -66,16 +66,20 @@ class Bench:
         chosen = [place for place in chosen if works[place].peer not in self._convicted]
         return sorted(chosen, key=lambda place: -float(screening.raw[place]))
 
-    def record(self, screening: Screening, works: Sequence[Work], findings: Mapping[int, Finding]) -> None:
+    def record(
+        self, screening: Screening, works: Sequence[Work], findings: Mapping[int, Finding], now: float
+    ) -> None:
         """Learn from a stream's works and from what was found of them, by place."""
         hearings = {}
         for place, finding in findings.items():
             work, guilty = works[place], finding.guilty
             if guilty and work.state is not None and work.state != finding.state:
-                self.conduct.fail(work.peer, "works with other weights than its stage", Cause.RECOMPUTED)
+                self.conduct.stray(work.peer, now)
                 guilty = None
             elif guilty:
                 self._convict(work, finding)
+            elif guilty is False:
+                self.conduct.return_to_fold(work.peer)
             self._note(work, _outcome(finding, guilty))
             hearings[place] = Hearing(guilty, finding.asked * PRICE[work.direction])
             for liar in finding.liars:
@@ -104,7 +108,7 @@ class Bench:
         notes = self._notes.setdefault(work.peer, deque(maxlen=MAX_WORDS))
         notes.append(f"{work.direction} at weights {work.receipt.version}: {what}"[:MAX_TEXT])
 
-    def opinion(self, peer: PeerId) -> Opinion:
+    def opinion(self, peer: PeerId, now: float) -> Opinion:
         standing = self._sentinel.standing(peer)
         flags = self._flags.get(peer, Counter())
         cause, text, evidence = Cause.CLEARED, "nothing is held against it", _NOTHING
@@ -114,10 +118,10 @@ class Bench:
             verdict = Verdict.BANNED
         elif verdict is not Verdict.OK:
             cause, text = Cause.EVIDENCE, f"evidence of {standing.log_evidence:.1f} nats against it"
-        conduct = self.conduct.verdict(peer)
+        conduct = self.conduct.verdict(peer, now)
         if conduct.rank > verdict.rank:
             verdict = conduct
-            cause, text = self.conduct.reason(peer)
+            cause, text = self.conduct.reason(peer, now)
             evidence = digest(text.encode())
         return Opinion(
             verdict,

@@ -150,7 +150,9 @@ class Judge:
             panel = draw(wanted=accused)
             self._alarms.pay(len(panel))
         elif self._routine.can_pay(size):
-            panel = draw(wanted={peer for peer in known if self.bench.opinion(peer).samples < _FEW})
+            panel = draw(
+                wanted={peer for peer in known if self.bench.opinion(peer, monotonic()).samples < _FEW}
+            )
             self._routine.pay(len(panel))
         else:
             panel = []
@@ -170,7 +172,7 @@ class Judge:
             for place in (*places, *self._routine_hearing(group, places)):
                 if (finding := await self._hear(group[place], replicas)) is not None:
                     findings[place] = finding
-            await self._in_thread(self.bench.record, screening, group, findings)
+            await self._in_thread(self.bench.record, screening, group, findings, monotonic())
         return {work.peer for work in works}
 
     async def _look_at(self, journey: Journey) -> list[Work]:

@@ -76,7 +76,7 @@ class Spokesman:
     async def review(self, peers: Collection[PeerId], known: Mapping[PeerId, Known]) -> None:
         """Vote on those of whom we think otherwise than we said, or of whom what we said expires."""
         for peer in {*peers, *self._casts}:
-            opinion = self._bench.opinion(peer)
+            opinion = self._bench.opinion(peer, monotonic())
             if self._is_due(peer, opinion):
                 await self._cast(peer, opinion, known)
 
@@ -120,7 +120,7 @@ class Spokesman:
             await self._host.publish(reputation_topic(self._electorate.run), wire.encode(signed))
 
     def _account(self, peer: PeerId, known: Known) -> Account:
-        opinion = self._bench.opinion(peer)
+        opinion = self._bench.opinion(peer, monotonic())
         return Account(
             peer=peer,
             stage=known.stage,

@@ -215,6 +215,7 @@ def test_a_network_daemon_that_dies(shell: Shell, tmp_path: Path) -> None:
 def test_the_demo_writes_its_result_and_leaves_nothing_running(tmp_path: Path) -> None:
     result, kept = tmp_path / "result.json", tmp_path / "kept"
     words = ["--stages", "2", "--replicas", "1", "--rounds", "3", "--json", str(result), "--keep", str(kept)]
+    words += ["--verifiers", "0", "--malicious", "0"]
     command = [sys.executable, "-m", "cli.main", "demo", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -223,6 +224,8 @@ def test_the_demo_writes_its_result_and_leaves_nothing_running(tmp_path: Path) -
     assert found["rounds"] == 3
     assert min(found["final_loss"], found["initial_loss"], found["tokens_per_second"]) > 0
     assert {"lost_microbatches", "rerouted_microbatches"} <= found.keys()
+    assert found["attackers"] == found["bans"] == []
+    assert found["verification"] == {"sampled_fraction": 0, "bytes_fraction": 0, "cpu_fraction": 0}
     assert [peer["stage"] for peer in found["peers"]] == [0, 1]
     for peer in found["peers"]:
         assert peer.keys() == {"peer", "stage", "microbatches", "weights_version", "state_digest"}

@@ -8,7 +8,7 @@ from protocol.identity import Identity, PeerId
 from protocol.receipts import Direction, MicrobatchId
 from protocol.samples import Passage
 from protocol.votes import Verdict
-from verifier.conduct import Conduct
+from verifier.conduct import STRAY_FORGOTTEN, Conduct
 from verifier.sampling import FRESH, MAX_KNOWN, SPEAK_WITHIN, Allowance, Traffic
 
 STAGES, REPLICAS = 3, 3
@@ -117,7 +117,7 @@ def test_who_refuses_is_suspected_then_quarantined_and_never_banned() -> None:
     seen = []
     for _ in range(50):
         conduct.fail("peer", "does not show")
-        seen.append(conduct.verdict("peer"))
+        seen.append(conduct.verdict("peer", 0.0))
     assert seen[:4] == [Verdict.OK, Verdict.SUSPECT, Verdict.SUSPECT, Verdict.QUARANTINED]
     assert Verdict.BANNED not in seen
 
@@ -130,4 +130,19 @@ def test_who_refuses_one_in_three_is_found_out_and_one_in_ten_is_not() -> None:
                 conduct.fail("peer", "does not show")
             else:
                 conduct.please("peer")
-        assert conduct.verdict("peer") is expected
+        assert conduct.verdict("peer", 0.0) is expected
+
+
+def test_who_strays_for_long_is_quarantined_and_who_comes_back_is_not() -> None:
+    conduct = Conduct()
+    for now in (0.0, 2.0, 4.0):
+        conduct.stray("peer", now)
+    assert conduct.verdict("peer", 4.0) is Verdict.SUSPECT
+    conduct.return_to_fold("peer")
+    assert conduct.verdict("peer", 5.0) is Verdict.OK
+    for now in (10.0, 15.0, 21.0):
+        conduct.stray("peer", now)
+        conduct.please("peer")
+    assert conduct.verdict("peer", 21.0) is Verdict.QUARANTINED
+    assert conduct.reason("peer", 21.0)[1] == "works with other weights than its stage"
+    assert conduct.verdict("peer", 21.0 + STRAY_FORGOTTEN + 1) is Verdict.OK
