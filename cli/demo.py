@@ -28,10 +28,16 @@ def demo(
         float, typer.Option(help="Milliseconds added to everything a volunteer sends.", min=0)
     ] = 0.0,
     verifiers: Annotated[int, typer.Option(help="Verifier peers; 0 for none.", min=0, max=64)] = 3,
-    quorum: Annotated[int, typer.Option(help="Verifiers that it takes to ban.", min=1)] = 2,
+    quorum: Annotated[
+        int | None, typer.Option(help="Verifiers that it takes to ban; unless given, a majority.", min=1)
+    ] = None,
     malicious: Annotated[
-        int, typer.Option(help="Attackers among the volunteers, in inner stages; 0 for none.", min=0)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Attackers among the volunteers, in inner stages; 0 for none. Unless given, one where there is room.",
+            min=0,
+        ),
+    ] = None,
     attack: Annotated[
         str, typer.Option(help="What they do: `zeros`, `flip`, `delay:20`, ...", metavar="SPEC")
     ] = "random-sign:0.3",
@@ -55,7 +61,7 @@ def demo(
 
         sentinel-node demo --attack zeros --attack-direction activation
 
-        sentinel-node demo --stages 2 --replicas 1 --rounds 20 --verifiers 0 --malicious 0
+        sentinel-node demo --stages 2 --replicas 1 --rounds 20 --verifiers 0
 
         sentinel-node demo --schedule synchronous --link-delay 100
 
@@ -70,6 +76,10 @@ def demo(
     from verifier.saboteur import parse_attack
 
     parse_attack(attack)
+    if quorum is None:
+        quorum = verifiers // 2 + 1
+    if malicious is None:
+        malicious = int(stages > 2 and replicas > 1)
     threat = Threat(verifiers, quorum, malicious, attack, attack_direction, attack_start)
     _check_threat(threat, stages, replicas)
 
