@@ -21,7 +21,7 @@ from benchmarks.mesh_court import COST, MeshCourt
 from benchmarks.mesh_crew import Crew
 from benchmarks.mesh_data import MeshData
 from benchmarks.mesh_exchange import Boundary, Crossing, Tally
-from benchmarks.mesh_stage import MeshStage
+from benchmarks.mesh_stage import MeshOptimizer, MeshStage
 from verifier.detector import Detector
 from verifier.registry import make_detector
 from verifier.streams import Direction, Mask
@@ -55,6 +55,7 @@ class Mesh:
         self.data = MeshData(manifest)
         memory = self.crew.weight_memory
         self.stages = [MeshStage(manifest, index, memory) for index in range(config.stages)]
+        self.optimizer = MeshOptimizer(manifest, self.stages)
         self.court = MeshCourt(self.crew, self.stages, config.seed)
         self.boundary = Boundary(config, self.crew, detector, self.court)
         self.work = 0.0
@@ -71,8 +72,7 @@ class Mesh:
         arrived, alive = self._forward(round, tokens, workers)
         if alive.any():
             self._backward(round, arrived, labels, alive, workers)
-        for stage in self.stages:
-            stage.step()
+        self.optimizer.step(round)
 
     def _forward(self, round: int, tokens: Tensor, workers: Workers) -> tuple[Tensor, Mask]:
         arrived, alive = tokens, np.ones(len(tokens), dtype=np.bool_)
@@ -123,8 +123,8 @@ class Mesh:
         hidden, labels = self.data.validation[:, :-1], self.data.validation[:, 1:]
         with torch.no_grad():
             for stage in self.stages[:-1]:
-                hidden = stage.trainer.module(hidden)
-            return float(self.stages[-1].trainer.module.loss(hidden, labels))
+                hidden = stage.module(hidden)
+            return float(self.stages[-1].module.loss(hidden, labels))
 
 
 def run_mesh(config: MeshConfig, progress: Progress = lambda _: None) -> MeshRun:

@@ -13,6 +13,13 @@ _SCALE_FLOOR = 1e-6
 _GAUSSIAN_MEDIAN = 0.6744897502
 
 
+def middle(values: Floats) -> Floats:
+    """(F,) the median of each column of values (n, F), n >= 1. NumPy's own takes ten times as long on a few rows."""
+    ordered = np.sort(values, axis=0)
+    median: Floats = (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
+    return median
+
+
 class MeanTensor:
     """EMA of tensors, as the paper keeps it: `keep` is the weight of the old mean *per hop*, so that it does not matter
     how hops are batched. The paper's 0.9 per step of 8 replicas is 0.9 ** (1 / 8) per hop. `keep` 0 is its ablation
@@ -64,7 +71,7 @@ class Centring:
         if not self.ready:
             return np.zeros_like(values)
         if group is not None:
-            self._step = round, self._follow(np.median(values[group], axis=0))
+            self._step = round, self._follow(middle(values[group]))
         known = self._step is not None and self._step[0] == round
         centre = self._step[1] if known and self._step is not None else self._centre
         standard: Floats = (values - centre) / self._scale
@@ -81,7 +88,7 @@ class Centring:
         self._seen += n
         # A mean while young, then exponential forgetting over 32 hops.
         quick = max(n / (self._seen + n), 1 - (1 - 1 / 32) ** n)
-        off = (np.median(values, axis=0) - self._centre) / self._scale
+        off = (middle(values) - self._centre) / self._scale
         self._centre = self._centre + quick * self._scale * np.clip(off, -3.0, 3.0)
         # Tracks the median residual: up by a little for each that is larger, down for each that is smaller. Of two
         # fifths that are corrupt, however grossly, it can become twice too large and no more.
@@ -100,8 +107,8 @@ class Centring:
 
     def _start(self, values: Floats) -> None:
         self.ready, self._young = True, []
-        self._centre = np.median(values, axis=0)
-        deviation = 1.4826 * np.median(np.abs(values - self._centre), axis=0)
+        self._centre = middle(values)
+        deviation = 1.4826 * middle(np.abs(values - self._centre))
         self._scale = np.maximum(1.5 * deviation, 2e-3 * np.maximum(np.abs(self._centre), 0.1))
 
     def _follow(self, median: Floats) -> Floats:
@@ -127,7 +134,7 @@ class Spread:
     def discount(self, scores: Floats, round: int, group: Mask | None) -> Floats:
         """(K,) what to divide scores (N, K) by, at least 1; rows and rounds as in `Centring.residuals`."""
         if group is not None:
-            self._step = round, np.maximum(np.median(scores[group], axis=0), _SCALE_FLOOR)
+            self._step = round, np.maximum(middle(scores[group]), _SCALE_FLOOR)
         discount: Floats = np.maximum(1.0, self.typical(round) / self._usual)
         return discount
 
@@ -140,4 +147,4 @@ class Spread:
         n = len(scores)
         self._seen += n
         quick = max(n / (self._seen + n), 1 - (1 - 1 / 64) ** n)
-        self._usual = np.maximum(self._usual + quick * (np.median(scores, axis=0) - self._usual), 1e-3)
+        self._usual = np.maximum(self._usual + quick * (middle(scores) - self._usual), 1e-3)

@@ -16,7 +16,9 @@ from benchmarks.mesh_config import MeshConfig
 from benchmarks.mesh_court import MeshCourt
 from benchmarks.mesh_crew import Crew
 from benchmarks.mesh_report import summarise
+from benchmarks.mesh_stage import MeshOptimizer, MeshStage
 from cli.main import app
+from node.trainer import StageTrainer
 from protocol.errors import UserError
 from verifier.registry import make_detector
 from verifier.streams import Direction, Hops
@@ -83,6 +85,25 @@ def test_with_everything_recomputed_each_attacker_is_banned_in_its_first_round()
 def test_what_cannot_be_used_does_not_break_the_run(attack: str) -> None:
     run = play(attack=attack, attack_direction="both", rounds=6, warmup=3)
     assert np.isfinite(loss_of(run))
+
+
+def test_a_stage_learns_exactly_as_a_nodes_trainer_does() -> None:
+    manifest = TINY.manifest()
+    stage, trainer = MeshStage(manifest, 1, 0), StageTrainer(manifest, 1, torch.device("cpu"))
+    optimizer = MeshOptimizer(manifest, [stage])
+    for round in range(4):
+        x, gradient = torch.randn(2, 4, 1, 8, 16)
+        stage.begin_round()
+        stage.forward(x)
+        mine = stage.backward(gradient, torch.ones(4, dtype=torch.bool))
+        optimizer.step(round)
+        taken = trainer.forward(x.flatten(0, 1))
+        theirs = trainer.backward(taken, gradient.flatten(0, 1), accumulate=True)
+        trainer.step(trainer.take_gradient()[0] / 4)
+        assert mine is not None and theirs is not None
+        assert torch.allclose(mine.flatten(0, 1), theirs, rtol=1e-4, atol=1e-6)
+    for weight, other in zip(stage.module.parameters(), trainer.module.parameters(), strict=True):
+        assert torch.allclose(weight, other, rtol=1e-4, atol=1e-6)
 
 
 def test_old_weights_are_those_of_so_many_rounds_ago() -> None:
