@@ -79,7 +79,7 @@ class Mesh:
         for stage in self.stages[:-1]:
             honest = stage.forward(arrived)
             # A head receives tokens, of which no output can be a small change: attackers see their own output instead.
-            received, inputs = (honest, None) if stage.index == 0 else (arrived, arrived)
+            received = honest if stage.index == 0 else arrived
             self.work += COST[Direction.ACTIVATION] * int(alive.sum())
             crossing = Crossing(
                 stage.index,
@@ -87,7 +87,7 @@ class Mesh:
                 round,
                 workers[stage.index],
                 received,
-                inputs,
+                arrived,
                 honest,
                 stage.redo_activation,
             )
@@ -99,8 +99,8 @@ class Mesh:
             honest = self.stages[-1].loss_backward(arrived, labels, torch.from_numpy(alive))
         except ValueError:
             return  # The loss overflowed: nothing to learn from this round.
-        # A tail receives activations and labels; its gradient has no input of its own kind that a verifier could see.
-        received, inputs = arrived, None
+        # A tail receives activations and labels; its gradient has no input of its own kind, so the labels stand for it.
+        received, inputs = arrived, labels
         for stage in reversed(self.stages[1:]):
             self.work += 2 * COST[Direction.ACTIVATION] * int(alive.sum())
             crossing = Crossing(

@@ -29,7 +29,8 @@ class Crossing:
     """All that is about to cross one boundary in one round: M microbatches, (M, B, T, W) each.
 
     `workers` (M,) hold the microbatches and change when one is given to another; -1 is nobody. `received` is what the
-    workers see as their input, `inputs` what a verifier can see of it, `honest` what they should send.
+    workers see as their input, `inputs` what a verifier sees of it (at the head tokens, at the tail labels), `honest`
+    what they should send.
     """
 
     stage: StageIndex

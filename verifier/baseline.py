@@ -38,6 +38,38 @@ class MeanTensor:
             self.value = torch.lerp(mean, self.value, self._keep ** len(tensors))
 
 
+class MeanByToken:
+    """The mean output of each token, where what went in is tokens: what is usual for a token stands for the input.
+
+    A head's activations mostly follow from its tokens, a tail's gradients from its labels. Tokens share `rows` rows.
+    """
+
+    rows = 1024
+    _memory = 256
+
+    def __init__(self) -> None:
+        self._means: Tensor | None = None
+        self._seen = torch.zeros(self.rows)
+
+    def expect(self, tokens: Tensor, unknown: Tensor) -> Tensor:
+        """(N, B, T, W) for tokens (N, B, T); `unknown` (W,) for those never seen."""
+        if self._means is None or self._means.shape[1] != unknown.shape[0]:
+            return unknown.expand(*tokens.shape, -1)
+        rows = tokens % self.rows
+        return torch.where((self._seen[rows] > 0)[..., None], self._means[rows], unknown)
+
+    def update(self, tokens: Tensor, outputs: Tensor) -> None:
+        """Learn from outputs (N, B, T, W): a mean while young, then of the latest few hundred of each token."""
+        rows, width = (tokens % self.rows).flatten(), outputs.shape[-1]
+        if self._means is None or self._means.shape[1] != width:
+            self._means, self._seen = torch.zeros(self.rows, width), torch.zeros(self.rows)
+        count = torch.bincount(rows, minlength=self.rows).float()
+        total = torch.zeros(self.rows, width).index_add_(0, rows, outputs.reshape(-1, width).float())
+        self._seen = (self._seen + count).clamp_max(self._memory)
+        share = (count / self._seen.clamp_min(1)).clamp_max(1)[:, None]
+        self._means = torch.lerp(self._means, total / count.clamp_min(1)[:, None], share)
+
+
 class Centring:
     """Residuals of F features: what is left after the stream's centre is taken away, in units of its spread.
 

@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from verifier import features
 from verifier.audit import Auditor
-from verifier.baseline import Centring, MeanTensor, Spread
+from verifier.baseline import Centring, MeanByToken, MeanTensor, Spread
 from verifier.cascade import Cascade
 from verifier.conformal import Window, p_values
 from verifier.detector import Court, Detector, Hearing
 from verifier.ladder import Ladder, Standing, Verdict
-from verifier.martingale import Capital
+from verifier.martingale import Capital, losses, power_bets, rank_bets
 from verifier.roster import Roster, in_turns
 from verifier.second_opinion import Refusal, Refusals
 from verifier.streams import Ban, Direction, Floats, Hops, Judgement, Mask, Peer, Stream
@@ -50,7 +51,7 @@ class Settings:
     - `memory`: weight of the old mean tensor per hop (the paper's 0.9 and 0.8 for a step of 8 replicas).
     - `peers`: how many are monitored.
     - `recompute`: the share of all compute that recomputation may take; 0 is off.
-    - `families`, `centring`, `counter` are for ablations.
+    - `families`, `centring`, `ranks` (bets on ranks within a step), `counter` are for ablations.
     """
 
     alpha: float = 1e-3
@@ -67,6 +68,7 @@ class Settings:
     recompute: float = 0.009
     families: tuple[str, ...] = ("marginal", "transition", "tokens")
     centring: bool = True
+    ranks: bool = True
     counter: bool = False
 
 
@@ -76,6 +78,7 @@ class _StreamState:
 
     mean: MeanTensor
     mean_step: MeanTensor
+    by_token: MeanByToken
     marginal: Centring
     transition: Centring
     spread: Spread
@@ -86,9 +89,13 @@ class _StreamState:
 
 @dataclass(frozen=True)
 class Screening:
-    """What `screen` saw of N hops. `raw` (N,) are the highest scores before any
-    discount, `unspread` (N, K) those after the cascade's. `confirmed`, by
-    position, are refusals that a hop proves wrong. `wanted` (N,) should be heard if affordable."""
+    """What `screen` saw of N hops.
+
+    `raw` (N,) are the highest scores before any discount, `unspread` (N, K) those after the cascade's. `gains`
+    (N, kinds, bets) are the logs of what betting on the hops wins. `confirmed`, by position, are refusals that a hop
+    proves wrong. `wanted` (N,) should be heard if affordable, and first of them the `accused` (N,), who would be banned
+    for this hop.
+    """
 
     hops: Hops
     rows: npt.NDArray[np.intp]
@@ -101,9 +108,11 @@ class Screening:
     unspread: Floats
     scores: Floats
     p: Floats
+    gains: Floats
     confirmed: dict[int, list[Refusal]]
     odd: Mask
     wanted: Mask
+    accused: Mask
     in_group: bool
     quorum: int
 
@@ -118,7 +127,10 @@ class Sentinel(Detector):
         self._cascade = Cascade()
         self._refusals = Refusals()
         count = self.settings.peers
-        self._capital = Capital(count, len(_GAMES), len(self.settings.families))
+        ranked = len(self.settings.families) * self.settings.ranks
+        kinds = len(self.settings.families) + ranked
+        self._capital = Capital(count, len(_GAMES), kinds)
+        self._losses = losses(kinds, ranked)
         self._violations = ViolationCounter(count)
         self._samples = np.zeros(count, dtype=np.int64)
         self._flags = np.zeros(count, dtype=np.int64)
@@ -130,7 +142,9 @@ class Sentinel(Detector):
 
     def judge(self, hops: Hops, court: Court) -> Judgement:
         screening = self.screen(hops, court.quorum(hops))
-        hearings = self.auditor.hear(hops, screening.rows, screening.wanted, court)
+        young = len(self._state(hops).reference) < _YOUNG
+        accused = None if young else screening.accused
+        hearings = self.auditor.hear(hops, screening.rows, screening.wanted, court, accused)
         return self.record(screening, hearings)
 
     def guard(self, hops: Hops) -> Mask:
@@ -173,10 +187,15 @@ class Sentinel(Detector):
         raw, scores = scores.max(1), unspread / state.spread.discount(unspread, hops.round, group)
         scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
+        gains = self._gains(hops, state, valid, p, scores, quorum if group is not None else None)
         odd = self._odd(state, unspread / state.spread.typical(hops.round), valid, p)
         confirmed = self._refusals.confirmed(hops, rows, quorum)
-        wanted = odd | (self._evidence(rows) >= self._ladder.top / 3)
+        suspect = self._evidence(rows) >= self._ladder.top / 3
+        wanted = odd | suspect
         wanted[list(confirmed)] = False
+        accused = suspect & wanted
+        if accused.any():
+            accused &= self._would_ban(hops, rows, gains)
         return Screening(
             hops,
             rows,
@@ -189,9 +208,11 @@ class Sentinel(Detector):
             unspread,
             scores,
             p,
+            gains,
             confirmed,
             odd,
             wanted,
+            accused,
             group is not None,
             quorum,
         )
@@ -222,6 +243,7 @@ class Sentinel(Detector):
             state = self._streams[hops.stream] = _StreamState(
                 MeanTensor(memory),
                 MeanTensor(memory),
+                MeanByToken(),
                 Centring(len(features.MARGINAL)),
                 Centring(count),
                 Spread(len(self.settings.families)),
@@ -230,20 +252,28 @@ class Sentinel(Detector):
         return state
 
     def _marginal(self, hops: Hops, state: _StreamState) -> Floats:
-        mean = state.mean.value
-        if mean is None:
-            mean = hops.outputs.nanmedian(0).values.mean(0)
         directions = features.projections(hops.outputs.shape[-1])
-        distances = features.marginal_distances(hops.outputs, mean, directions)
+        distances = features.marginal_distances(hops.outputs, self._mean(hops, state), directions)
         return features.log_marginal(distances)
 
+    def _mean(self, hops: Hops, state: _StreamState) -> Tensor:
+        """(T, W) what is usual; in the first step, the replicas' median."""
+        return hops.outputs.nanmedian(0).values.mean(0) if state.mean.value is None else state.mean.value
+
+    def _inputs(self, hops: Hops, state: _StreamState) -> Tensor | None:
+        """(N, B, T, W) what went in; for tokens, what usually comes out for them."""
+        if hops.inputs is None or hops.inputs.is_floating_point():
+            return hops.inputs
+        return state.by_token.expect(hops.inputs, self._mean(hops, state).mean(0))
+
     def _transition(self, hops: Hops, state: _StreamState) -> Floats | None:
-        if hops.inputs is None:
+        inputs = self._inputs(hops, state)
+        if inputs is None:
             return None
         mean_step = state.mean_step.value
         if mean_step is None:
-            mean_step = features.mean_steps(hops.inputs, hops.outputs).nanmedian(0).values
-        return features.transition(hops.inputs, hops.outputs, mean_step)
+            mean_step = features.mean_steps(inputs, hops.outputs).nanmedian(0).values
+        return features.transition(inputs, hops.outputs, mean_step)
 
     def _valid(self, hops: Hops, marginal: Floats) -> Mask:
         """What arrived and is finite. L2 sums every element, so it is finite only if they all are."""
@@ -268,6 +298,30 @@ class Sentinel(Detector):
             return self._violations.share(rows) * self._ladder.top
         return self._capital.log_capital(rows)
 
+    def _gains(
+        self, hops: Hops, state: _StreamState, valid: Mask, p: Floats, scores: Floats, quorum: int | None
+    ) -> Floats:
+        """(N, kinds, bets) log gains of betting on p-values, and on ranks if the hops are a group of a step.
+
+        Nothing is won or lost on p-values while there are too few scores to rank against, unless nothing usable came.
+        """
+        gains = power_bets(np.minimum(1.0, self.settings.margin * p))
+        if len(state.reference) < _YOUNG:
+            gains[valid] = 0.0
+        if not self.settings.ranks:
+            return gains
+        ranked = np.zeros_like(gains)
+        if quorum is not None:
+            ranked = rank_bets(scores, (quorum - 1) / len(set(hops.peers)))
+        return np.concatenate([gains, ranked], axis=1)
+
+    def _would_ban(self, hops: Hops, rows: npt.NDArray[np.intp], gains: Floats) -> Mask:
+        """(N,) whose peer would be banned for this hop, if it is not shown innocent."""
+        if self.settings.counter:
+            return self._evidence(rows) >= self._ladder.top
+        would: Mask = self._capital.after(rows, _GAMES[hops.direction], gains) >= self._ladder.top
+        return would
+
     # Learning
 
     def record(self, screening: Screening, hearings: dict[int, Hearing]) -> Judgement:
@@ -279,7 +333,7 @@ class Sentinel(Detector):
         for row, refusals in screening.confirmed.items():
             innocent[row] = True
             for refusal in refusals:
-                self._capital.refund(refusal.row, _GAMES[hops.direction], refusal.p)
+                self._capital.refund(refusal.row, _GAMES[hops.direction], refusal.gains)
         self._weigh(screening, innocent)
         self._forgive_a_majority(screening)
         evidence = self._evidence(rows)
@@ -287,7 +341,7 @@ class Sentinel(Detector):
         refused = (screening.odd & ~innocent) | convicted
         bans = self._ban(screening, convicted, guilty, evidence)
         self._flags[rows[screening.odd & ~innocent]] += 1
-        self._refusals.note(hops, rows, self._bettable(screening), refused)
+        self._refusals.note(hops, rows, screening.gains - self._losses, refused)
         self._cascade.note(hops, screening.raw, ~refused & screening.valid, innocent)
         if not screening.in_group:
             self._notice_change(screening, innocent)
@@ -297,11 +351,11 @@ class Sentinel(Detector):
     def _weigh(self, screening: Screening, innocent: Mask) -> None:
         """Bet on each hop's p-values; a hop found innocent counts as the most ordinary one."""
         game = _GAMES[screening.hops.direction]
-        p = np.where(innocent[:, None], 1.0, self._bettable(screening))
+        gains = np.where(innocent[:, None, None], self._losses, screening.gains)
         for places in in_turns(screening.rows):
             rows = screening.rows[places]
             self._samples[rows] += 1
-            self._capital.bet(rows, game, p[places])
+            self._capital.bet(rows, game, gains[places])
             self._violations.count(rows, screening.odd[places] & ~innocent[places])
 
     def _forgive_a_majority(self, screening: Screening) -> None:
@@ -312,13 +366,6 @@ class Sentinel(Detector):
             for row in accused:
                 self._capital.forget(int(row))
                 self._violations.forget(int(row))
-
-    def _bettable(self, screening: Screening) -> Floats:
-        """(N, K) the p-values to bet on: 1, which wins nothing, while they do not mean much."""
-        if len(self._state(screening.hops).reference) < _YOUNG:
-            return np.where(screening.valid[:, None], 1.0, screening.p)
-        wary: Floats = np.minimum(1.0, self.settings.margin * screening.p)
-        return wary
 
     def _ban(self, screening: Screening, convicted: Mask, guilty: Mask, evidence: Floats) -> tuple[Ban, ...]:
         hops, bans = screening.hops, []
@@ -344,11 +391,14 @@ class Sentinel(Detector):
         if state.marginal.ready:
             state.spread.learn(screening.unspread[chosen])
         hops = hops if len(chosen) == len(hops) else hops.take(chosen)
+        inputs = self._inputs(hops, state)
         state.mean.update(hops.outputs.mean(1))
         state.marginal.learn(screening.marginal[chosen], screening.marginal_residuals[chosen])
         if screening.transition is not None and screening.transition_residuals is not None:
-            assert hops.inputs is not None
-            state.mean_step.update(features.mean_steps(hops.inputs, hops.outputs))
+            assert inputs is not None and hops.inputs is not None
+            state.mean_step.update(features.mean_steps(inputs, hops.outputs))
+            if not hops.inputs.is_floating_point():
+                state.by_token.update(hops.inputs, hops.outputs)
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
         if state.marginal.settled:
             state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))
