@@ -9,7 +9,7 @@ import torch
 from tests.verifier.streams import Stage, hops
 from verifier import features
 from verifier.audit import agrees
-from verifier.baseline import Centring, MeanTensor, Spread
+from verifier.baseline import Centring, MeanByToken, MeanTensor, Spread
 from verifier.cascade import Cascade
 from verifier.conformal import Window, p_values
 from verifier.ladder import Ladder, Verdict
@@ -82,6 +82,20 @@ def test_a_minority_cannot_move_the_centre_or_the_spread_far() -> None:
     scores = np.abs(residuals) / spread.discount(np.abs(residuals), 31, everyone)
     assert scores[3:].max() < 4
     assert scores[:3].min() > 20
+
+
+def test_the_usual_output_of_a_token_is_learned_and_bounded() -> None:
+    means, unknown = MeanByToken(), torch.full((4,), 7.0)
+    tokens = torch.tensor([[[1, 2, 1]]])
+    assert means.expect(tokens, unknown).eq(7).all()
+    for value in (1.0, 3.0):
+        means.update(tokens, torch.full((1, 1, 3, 4), value))
+    assert means.expect(torch.tensor([[[1, 2, 3]]]), unknown)[0, 0].tolist() == [
+        [2.0] * 4,
+        [2.0] * 4,
+        [7.0] * 4,
+    ]
+    assert means.expect(torch.tensor([[[1 + MeanByToken.rows]]]), unknown)[0, 0, 0, 0] == 2
 
 
 def test_p_values_are_uniform_for_exchangeable_scores_and_never_zero() -> None:
