@@ -41,6 +41,7 @@ class MeshRun:
     tally: Tally
     losses: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     rounds: int = 0
     recompute_fraction: float = 0.0
 
@@ -132,9 +133,10 @@ def run_mesh(config: MeshConfig, progress: Progress = lambda _: None) -> MeshRun
     mesh = Mesh(config, make_detector(config.detector, config.warmup))
     run = MeshRun(config, mesh.crew, mesh.boundary.tally)
     for round in range(config.rounds):
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         mesh.play(round)
         run.seconds += time.perf_counter() - begun
+        run.cpu_seconds += time.process_time() - cpu
         run.rounds += 1
         if (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds:
             run.losses.append((round + 1, mesh.validation_loss()))

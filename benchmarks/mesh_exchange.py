@@ -54,6 +54,7 @@ class Tally:
     retried: int = 0
     dropped: int = 0
     verify_seconds: float = 0.0
+    verify_cpu_seconds: float = 0.0
     bans: list[Ban] = field(default_factory=list)
 
 
@@ -153,7 +154,7 @@ class Boundary:
 
     def _judge(self, hops: Hops) -> Mask:
         """Have the sampled hops judged and carry out the bans. (N,) which hops are refused."""
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         refused = np.zeros(len(hops), dtype=np.bool_)
         sampled = self._sample(hops)
         if sampled.any():
@@ -163,6 +164,7 @@ class Boundary:
             refused[rows] = judgement.refused
             self._enforce(judgement)
         self.tally.verify_seconds += time.perf_counter() - begun
+        self.tally.verify_cpu_seconds += time.process_time() - cpu
         self._count(hops, refused)
         return refused
 

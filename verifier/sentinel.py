@@ -187,7 +187,7 @@ class Sentinel(Detector):
         raw, scores = scores.max(1), unspread / state.spread.discount(unspread, hops.round, group)
         scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
-        gains = self._gains(hops, state, valid, p, scores, quorum if group is not None else None)
+        gains = self._gains(hops, state, valid, p, scores, quorum)
         odd = self._odd(state, unspread / state.spread.typical(hops.round), valid, p)
         confirmed = self._refusals.confirmed(hops, rows, quorum)
         suspect = self._evidence(rows) >= self._ladder.top / 3
@@ -299,9 +299,9 @@ class Sentinel(Detector):
         return self._capital.log_capital(rows)
 
     def _gains(
-        self, hops: Hops, state: _StreamState, valid: Mask, p: Floats, scores: Floats, quorum: int | None
+        self, hops: Hops, state: _StreamState, valid: Mask, p: Floats, scores: Floats, quorum: int
     ) -> Floats:
-        """(N, kinds, bets) log gains of betting on p-values, and on ranks if the hops are a group of a step.
+        """(N, kinds, bets) log gains of betting on p-values, and on ranks if several peers' hops are here.
 
         Nothing is won or lost on p-values while there are too few scores to rank against, unless nothing usable came.
         """
@@ -311,8 +311,9 @@ class Sentinel(Detector):
         if not self.settings.ranks:
             return gains
         ranked = np.zeros_like(gains)
-        if quorum is not None:
-            ranked = rank_bets(scores, (quorum - 1) / len(set(hops.peers)))
+        peers = len(set(hops.peers))
+        if peers > 1:
+            ranked = rank_bets(scores, (quorum - 1) / max(peers, 2 * quorum - 1))
         return np.concatenate([gains, ranked], axis=1)
 
     def _would_ban(self, hops: Hops, rows: npt.NDArray[np.intp], gains: Floats) -> Mask:
