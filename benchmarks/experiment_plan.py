@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 NO_ATTACK = "no attack"
 
 # 128 workers and 200 attacked rounds, as small as a model can be that still learns.
-BASE = MeshConfig(rounds=240, warmup=40, width=32, context=32)
+BASE = MeshConfig(rounds=260, warmup=60, width=32, context=32)
 # Where many variants are compared, a shorter pipeline does: 48 workers.
 _SHORT = {"stages": 6}
 _QUICK = {"replicas": 4, "stages": 4, "rounds": 40, "warmup": 20, "context": 16}

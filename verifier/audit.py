@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from verifier.detector import Court, Hearing
+from verifier.detector import Court, Doubts, Hearing
 from verifier.streams import Direction, Hops, Mask
 
 TOLERANCE = 0.01
@@ -58,9 +58,10 @@ class Auditor:
         wanted: Mask,
         court: Court,
         accused: Mask | None = None,
+        keep: float = 0.0,
     ) -> dict[int, Hearing]:
         """Hearings by position in `hops`, as many as can be paid in full even at their worst. `accused` (N,) of the
-        wanted would ban their peer."""
+        wanted would ban their peer: one opinion is enough for them, and the price of `keep` full hearings is kept."""
         if self._budget <= 0:
             return {}
         game = int(hops.direction is Direction.GRADIENT)
@@ -70,9 +71,13 @@ class Auditor:
         hearings: dict[int, Hearing] = {}
         urgent = np.zeros(len(hops), dtype=np.bool_) if accused is None else accused & wanted
         for place in self._choose(rows, game, wanted, urgent, most):
-            if self._savings < (most if urgent[place] or accused is None else 2 * most):
+            brief = urgent[place] and isinstance(court, Doubts)
+            price = 1.0 + 2.0 * game if brief else most if urgent[place] else (1 + keep) * most
+            if self._savings < price:
                 break
-            hearing = court.hear(hops, place)
+            hearing = (
+                court.doubt(hops, place) if brief and isinstance(court, Doubts) else court.hear(hops, place)
+            )
             self._savings -= hearing.cost
             self._waited[rows[place], game] = 0
             self.audits[rows[place]] += 1

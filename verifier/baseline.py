@@ -45,11 +45,18 @@ class MeanByToken:
     """
 
     rows = 1024
+    infancy = 80
+    """Hops until most that will come has been seen."""
     _memory = 256
 
     def __init__(self) -> None:
         self._means: Tensor | None = None
         self._seen = torch.zeros(self.rows)
+        self._hops = 0
+
+    @property
+    def ready(self) -> bool:
+        return self._hops >= self.infancy
 
     def expect(self, tokens: Tensor, unknown: Tensor) -> Tensor:
         """(N, B, T, W) for tokens (N, B, T); `unknown` (W,) for those never seen."""
@@ -60,6 +67,7 @@ class MeanByToken:
 
     def update(self, tokens: Tensor, outputs: Tensor) -> None:
         """Learn from outputs (N, B, T, W): a mean while young, then of the latest few hundred of each token."""
+        self._hops += len(tokens)
         rows, width = (tokens % self.rows).flatten(), outputs.shape[-1]
         if self._means is None or self._means.shape[1] != width:
             self._means, self._seen = torch.zeros(self.rows, width), torch.zeros(self.rows)

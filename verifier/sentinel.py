@@ -142,9 +142,8 @@ class Sentinel(Detector):
 
     def judge(self, hops: Hops, court: Court) -> Judgement:
         screening = self.screen(hops, court.quorum(hops))
-        young = len(self._state(hops).reference) < _YOUNG
-        accused = None if young else screening.accused
-        hearings = self.auditor.hear(hops, screening.rows, screening.wanted, court, accused)
+        keep = 0.0 if len(self._state(hops).reference) < _YOUNG else 1.0
+        hearings = self.auditor.hear(hops, screening.rows, screening.wanted, court, screening.accused, keep)
         return self.record(screening, hearings)
 
     def guard(self, hops: Hops) -> Mask:
@@ -163,6 +162,8 @@ class Sentinel(Detector):
             return Standing()
         evidence = float(self._evidence(np.array([row]))[0])
         verdict = Verdict.BANNED if self._banned[row] else self._ladder.verdict(evidence)
+        if verdict is Verdict.BANNED and not self._banned[row]:
+            verdict = Verdict.QUARANTINED  # Until it is heard.
         audits = int(self.auditor.audits[row])
         return Standing(verdict, evidence, int(self._samples[row]), int(self._flags[row]), audits)
 
@@ -188,7 +189,10 @@ class Sentinel(Detector):
         scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
         gains = self._gains(hops, state, valid, p, scores, quorum)
-        odd = self._odd(state, unspread / state.spread.typical(hops.round), valid, p)
+        relative = unspread / state.spread.typical(hops.round)
+        if hops.inputs is not None and not hops.inputs.is_floating_point():
+            relative = relative[:, :1]  # What follows from tokens has tails too heavy to be judged by size.
+        odd = self._odd(state, scores, relative, valid, p)
         confirmed = self._refusals.confirmed(hops, rows, quorum)
         suspect = self._evidence(rows) >= self._ladder.top / 3
         wanted = odd | suspect
@@ -223,16 +227,18 @@ class Sentinel(Detector):
         whole = len(set(hops.peers)) >= 2 * quorum - 1 and bool(trusted.any())
         return trusted if self.settings.centring and whole else None
 
-    def _odd(self, state: _StreamState, relative: Floats, valid: Mask, p: Floats) -> Mask:
-        """By rank; by size relative to what is typical while there are too few scores to rank against."""
+    def _odd(self, state: _StreamState, scores: Floats, relative: Floats, valid: Mask, p: Floats) -> Mask:
+        """By rank; by size `relative` to the step's typical score while there are too few to rank against."""
         known = len(state.reference)
         if known < _RANKABLE:
             odd: Mask = ~valid | (relative.max(1) > self.settings.outlier)
             return odd
         rare: Mask = p.min(1) <= max(self.settings.refuse, 1 / (1 + known))
         if known * self.settings.refuse < 1:
-            # To be the highest of so few happens more often than an honest tensor may be refused.
-            rare &= ~valid | (relative.max(1) > self.settings.outlier)
+            # To be the highest of so few happens more often than an honest tensor may be refused: it must be as much
+            # higher as an exponential tail would have it.
+            beyond = np.log(1 / self.settings.refuse) / np.log(known)
+            rare &= ~valid | (scores > beyond * state.reference.values().max(0)).any(1)
         return rare
 
     def _state(self, hops: Hops) -> _StreamState:
@@ -264,6 +270,8 @@ class Sentinel(Detector):
         """(N, B, T, W) what went in; for tokens, what usually comes out for them."""
         if hops.inputs is None or hops.inputs.is_floating_point():
             return hops.inputs
+        if not state.by_token.ready:
+            return None
         return state.by_token.expect(hops.inputs, self._mean(hops, state).mean(0))
 
     def _transition(self, hops: Hops, state: _StreamState) -> Floats | None:
@@ -338,8 +346,13 @@ class Sentinel(Detector):
         self._weigh(screening, innocent)
         self._forgive_a_majority(screening)
         evidence = self._evidence(rows)
-        convicted = guilty | (evidence >= self._ladder.top)
-        refused = (screening.odd & ~innocent) | convicted
+        accused = (evidence >= self._ladder.top) & ~innocent
+        heard = np.zeros(len(hops), dtype=np.bool_)
+        heard[list(hearings)] = True
+        # References may be off, so whoever could be heard is; as long as nobody has the means, it takes alpha squared.
+        sure = heard | (evidence >= 2 * self._ladder.top) | (self.settings.recompute <= 0)
+        convicted = guilty | (accused & sure)
+        refused = (screening.odd & ~innocent) | accused | convicted
         bans = self._ban(screening, convicted, guilty, evidence)
         self._flags[rows[screening.odd & ~innocent]] += 1
         self._refusals.note(hops, rows, screening.gains - self._losses, refused)
@@ -396,12 +409,12 @@ class Sentinel(Detector):
         state.mean.update(hops.outputs.mean(1))
         state.marginal.learn(screening.marginal[chosen], screening.marginal_residuals[chosen])
         if screening.transition is not None and screening.transition_residuals is not None:
-            assert inputs is not None and hops.inputs is not None
+            assert inputs is not None
             state.mean_step.update(features.mean_steps(inputs, hops.outputs))
-            if not hops.inputs.is_floating_point():
-                state.by_token.update(hops.inputs, hops.outputs)
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
-        if state.marginal.settled:
+        if hops.inputs is not None and not hops.inputs.is_floating_point():
+            state.by_token.update(hops.inputs, hops.outputs)
+        if state.marginal.settled and (hops.inputs is None or state.transition.settled):
             state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))
         self._end_probation(state, hops.round)
 
