@@ -162,6 +162,16 @@ def test_the_court_convicts_by_majority_and_colluders_cannot_acquit_themselves()
     assert {_hear(mesh.court, good[0], honest) for _ in range(20)} == {(False, 1.0)}
 
 
+def test_one_opinion_acquits_or_leaves_it_open() -> None:
+    mesh = Mesh(replace(TINY, attack="zeros", warmup=0), make_detector("none"))
+    mesh.play(0)
+    honest = mesh.stages[1].redo_activation(0)
+    for sent, verdict in ((honest, False), (torch.zeros_like(honest), None)):
+        hop = Hops(1, Direction.ACTIVATION, 0, ("1/0",), (0,), None, sent[None], np.array([True]))
+        assert mesh.court.doubt(hop, 0).guilty is verdict
+        assert mesh.court.doubt(hop, 0).cost == 1.0
+
+
 def _hear(court: MeshCourt, replica: int, sent: torch.Tensor) -> tuple[bool | None, float]:
     hops = Hops(1, Direction.ACTIVATION, 0, (f"1/{replica}",), (0,), None, sent[None], np.array([True]))
     hearing = court.hear(hops, 0)

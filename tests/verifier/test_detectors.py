@@ -84,6 +84,23 @@ def test_a_head_that_sends_noise_of_the_right_size_is_found_by_its_tokens() -> N
     assert bans == {"1/0"}
 
 
+def test_whoever_cannot_be_heard_is_quarantined_and_banned_on_twice_the_evidence() -> None:
+    detector, stage, court = Sentinel(), Stage(), NoCourt(8)
+    found: dict[str, Verdict] = {}
+    for round in range(80):
+        x = stage.inputs(8)
+        sent = stage.outputs(x)
+        sent[:3] *= -1 if round >= 60 else 1
+        judgement = detector.judge(hops(x, sent, round, PEERS), court)
+        standing = detector.standing("1/0")
+        if standing.log_evidence >= 6.91 and not judgement.bans:
+            found.setdefault(standing.verdict.value, standing.verdict)
+            assert judgement.refused[0]
+    assert Verdict.QUARANTINED in found.values()
+    assert detector.standing("1/0").verdict is Verdict.BANNED
+    assert detector.standing("1/5").verdict is Verdict.OK
+
+
 class AcquittingCourt(NoCourt):
     """Finds everyone innocent, at a price."""
 
@@ -91,6 +108,9 @@ class AcquittingCourt(NoCourt):
         return 7.0
 
     def hear(self, hops: Hops, row: int) -> Hearing:
+        return Hearing(False, 1.0)
+
+    def doubt(self, hops: Hops, row: int) -> Hearing:
         return Hearing(False, 1.0)
 
 
