@@ -61,7 +61,7 @@ class Auditor:
         keep: float = 0.0,
     ) -> dict[int, Hearing]:
         """Hearings by position in `hops`, as many as can be paid in full even at their worst. `accused` (N,) of the
-        wanted would ban their peer: one opinion is enough for them, and the price of `keep` full hearings is kept."""
+        wanted would ban their peer: one opinion is enough for them, and `keep` passes are kept for such."""
         if self._budget <= 0:
             return {}
         game = int(hops.direction is Direction.GRADIENT)
@@ -72,7 +72,7 @@ class Auditor:
         urgent = np.zeros(len(hops), dtype=np.bool_) if accused is None else accused & wanted
         for place in self._choose(rows, game, wanted, urgent, most):
             brief = urgent[place] and isinstance(court, Doubts)
-            price = 1.0 + 2.0 * game if brief else most if urgent[place] else (1 + keep) * most
+            price = 1.0 + 2.0 * game if brief else most if urgent[place] else keep + most
             if self._savings < price:
                 break
             hearing = (

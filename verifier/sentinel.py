@@ -23,7 +23,7 @@ from verifier.ladder import Ladder, Standing, Verdict
 from verifier.martingale import Capital, losses, power_bets, rank_bets
 from verifier.roster import Roster, in_turns
 from verifier.second_opinion import Refusal, Refusals
-from verifier.streams import Ban, Direction, Floats, Hops, Judgement, Mask, Peer, Stream
+from verifier.streams import Ban, Direction, Floats, Hops, Judgement, Mask, Peer, StageIndex, Stream
 from verifier.violations import ViolationCounter
 
 # With fewer scores in the reference, being the highest of them means little.
@@ -34,6 +34,8 @@ _RANKABLE = 100
 _YOUNG, _YOUNG_CUT = 200, 4.0
 # Hops outside a group by which it is seen that a stream has changed as a whole.
 _LATEST = 12
+# Kept for those who would be banned, in forward passes: two opinions about gradients, six about activations.
+_KEPT = 6.0
 _GAMES = {Direction.ACTIVATION: 0, Direction.GRADIENT: 1}
 
 
@@ -135,6 +137,7 @@ class Sentinel(Detector):
         self._samples = np.zeros(count, dtype=np.int64)
         self._flags = np.zeros(count, dtype=np.int64)
         self._banned = np.zeros(count, dtype=np.bool_)
+        self._bans: dict[StageIndex, int] = {}
         self._roster = Roster(count, self._forget)
         self.auditor = Auditor(self.settings.recompute, count)
 
@@ -142,7 +145,7 @@ class Sentinel(Detector):
 
     def judge(self, hops: Hops, court: Court) -> Judgement:
         screening = self.screen(hops, court.quorum(hops))
-        keep = 0.0 if len(self._state(hops).reference) < _YOUNG else 1.0
+        keep = 0.0 if len(self._state(hops).reference) < _YOUNG else _KEPT
         hearings = self.auditor.hear(hops, screening.rows, screening.wanted, court, screening.accused, keep)
         return self.record(screening, hearings)
 
@@ -236,8 +239,8 @@ class Sentinel(Detector):
         rare: Mask = p.min(1) <= max(self.settings.refuse, 1 / (1 + known))
         if known * self.settings.refuse < 1:
             # To be the highest of so few happens more often than an honest tensor may be refused: it must be as much
-            # higher as an exponential tail would have it.
-            beyond = np.log(1 / self.settings.refuse) / np.log(known)
+            # higher as a heavy tail, of index 3, would have it.
+            beyond = (known * self.settings.refuse) ** (-1 / 3)
             rare &= ~valid | (scores > beyond * state.reference.values().max(0)).any(1)
         return rare
 
@@ -349,8 +352,10 @@ class Sentinel(Detector):
         accused = (evidence >= self._ladder.top) & ~innocent
         heard = np.zeros(len(hops), dtype=np.bool_)
         heard[list(hearings)] = True
-        # References may be off, so whoever could be heard is; as long as nobody has the means, it takes alpha squared.
+        # If more look guilty than attackers can be, the references are off: then nobody is banned without a hearing,
+        # or only on evidence of alpha squared.
         sure = heard | (evidence >= 2 * self._ladder.top) | (self.settings.recompute <= 0)
+        sure |= self._can_all_be_guilty(screening)
         convicted = guilty | (accused & sure)
         refused = (screening.odd & ~innocent) | accused | convicted
         bans = self._ban(screening, convicted, guilty, evidence)
@@ -381,12 +386,20 @@ class Sentinel(Detector):
                 self._capital.forget(int(row))
                 self._violations.forget(int(row))
 
+    def _can_all_be_guilty(self, screening: Screening) -> bool:
+        """Whether those of the stage that are banned or nearly so are no more than a minority of its peers."""
+        rows = np.unique(screening.rows)
+        nearly = int(((self._evidence(rows) >= self._ladder.top * 2 / 3) & ~self._banned[rows]).sum())
+        banned = self._bans.get(screening.hops.stage, 0)
+        return nearly + banned <= (2 * screening.quorum - 2 + banned) // 2
+
     def _ban(self, screening: Screening, convicted: Mask, guilty: Mask, evidence: Floats) -> tuple[Ban, ...]:
         hops, bans = screening.hops, []
         for row in np.flatnonzero(convicted):
             if self._banned[screening.rows[row]]:
                 continue
             self._banned[screening.rows[row]] = True
+            self._bans[hops.stage] = self._bans.get(hops.stage, 0) + 1
             reason = (
                 f"recomputation of a {hops.direction} differs"
                 if guilty[row]

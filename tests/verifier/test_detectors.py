@@ -84,21 +84,28 @@ def test_a_head_that_sends_noise_of_the_right_size_is_found_by_its_tokens() -> N
     assert bans == {"1/0"}
 
 
-def test_whoever_cannot_be_heard_is_quarantined_and_banned_on_twice_the_evidence() -> None:
-    detector, stage, court = Sentinel(), Stage(), NoCourt(8)
-    found: dict[str, Verdict] = {}
-    for round in range(80):
-        x = stage.inputs(8)
+def test_more_than_a_minority_is_not_banned_without_a_hearing_except_on_twice_the_evidence() -> None:
+    detector, stage, court, banned = Sentinel(), Stage(), NoCourt(8), {}
+    quarantined = 0
+    for round in range(100):
+        peers = [peer for peer in PEERS if peer not in banned]
+        x = stage.inputs(len(peers))
         sent = stage.outputs(x)
-        sent[:3] *= -1 if round >= 60 else 1
-        judgement = detector.judge(hops(x, sent, round, PEERS), court)
-        standing = detector.standing("1/0")
-        if standing.log_evidence >= 6.91 and not judgement.bans:
-            found.setdefault(standing.verdict.value, standing.verdict)
-            assert judgement.refused[0]
-    assert Verdict.QUARANTINED in found.values()
-    assert detector.standing("1/0").verdict is Verdict.BANNED
-    assert detector.standing("1/5").verdict is Verdict.OK
+        for place, peer in enumerate(peers):
+            if round >= (60 if peer in PEERS[:3] else 75) and peer in PEERS[:4]:
+                sent[place] *= -1
+        judgement = detector.judge(hops(x, sent, round, peers), court)
+        for ban in judgement.bans:
+            banned[ban.peer] = round
+            court.replicas -= 1
+        fourth = detector.standing(PEERS[3])
+        if fourth.log_evidence > 6.91 and PEERS[3] not in banned:
+            quarantined += 1
+            assert fourth.verdict is Verdict.QUARANTINED and judgement.refused[peers.index(PEERS[3])]
+    assert list(banned) == [*sorted(PEERS[:3], key=banned.__getitem__), PEERS[3]]
+    assert max(banned[peer] for peer in PEERS[:3]) < 75
+    assert quarantined >= 1
+    assert detector.standing(PEERS[3]).log_evidence >= 2 * 6.9
 
 
 class AcquittingCourt(NoCourt):
