@@ -196,8 +196,9 @@ def _ablation_table(results: list[Result]) -> Table:
 def _scale_table(results: list[Result]) -> Table:
     rows = []
     for one in results:
-        seconds, verifying = one.summary["seconds_per_round"], one.summary["verify_seconds_per_round"]
+        seconds = one.summary["cpu_seconds_per_round"]
+        verifying = one.summary["verify_cpu_seconds_per_round"]
         per_worker = 1e3 * verifying / one.summary["workers"]
         rows.append((one.summary["workers"], seconds, verifying, round(per_worker, 4), verifying / seconds))
-    columns = ("workers", "s per round", "verification s per round", "verification ms per worker", "share")
+    columns = ("workers", "CPU s per round", "verification CPU s", "verification ms per worker", "share")
     return Table("Scale, width 256, context 64", columns, tuple(rows))

@@ -21,7 +21,7 @@ from benchmarks.mesh_court import COST, MeshCourt
 from benchmarks.mesh_crew import Crew
 from benchmarks.mesh_data import MeshData
 from benchmarks.mesh_exchange import Boundary, Crossing, Tally
-from benchmarks.mesh_stage import MeshStage
+from benchmarks.mesh_stage import MeshOptimizer, MeshStage
 from verifier.detector import Detector
 from verifier.registry import make_detector
 from verifier.streams import Direction, Mask
@@ -41,6 +41,7 @@ class MeshRun:
     tally: Tally
     losses: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     rounds: int = 0
     recompute_fraction: float = 0.0
 
@@ -55,6 +56,7 @@ class Mesh:
         self.data = MeshData(manifest)
         memory = self.crew.weight_memory
         self.stages = [MeshStage(manifest, index, memory) for index in range(config.stages)]
+        self.optimizer = MeshOptimizer(manifest, self.stages)
         self.court = MeshCourt(self.crew, self.stages, config.seed)
         self.boundary = Boundary(config, self.crew, detector, self.court)
         self.work = 0.0
@@ -71,15 +73,14 @@ class Mesh:
         arrived, alive = self._forward(round, tokens, workers)
         if alive.any():
             self._backward(round, arrived, labels, alive, workers)
-        for stage in self.stages:
-            stage.step()
+        self.optimizer.step(round)
 
     def _forward(self, round: int, tokens: Tensor, workers: Workers) -> tuple[Tensor, Mask]:
         arrived, alive = tokens, np.ones(len(tokens), dtype=np.bool_)
         for stage in self.stages[:-1]:
             honest = stage.forward(arrived)
             # A head receives tokens, of which no output can be a small change: attackers see their own output instead.
-            received, inputs = (honest, None) if stage.index == 0 else (arrived, arrived)
+            received = honest if stage.index == 0 else arrived
             self.work += COST[Direction.ACTIVATION] * int(alive.sum())
             crossing = Crossing(
                 stage.index,
@@ -87,7 +88,7 @@ class Mesh:
                 round,
                 workers[stage.index],
                 received,
-                inputs,
+                arrived,
                 honest,
                 stage.redo_activation,
             )
@@ -99,8 +100,8 @@ class Mesh:
             honest = self.stages[-1].loss_backward(arrived, labels, torch.from_numpy(alive))
         except ValueError:
             return  # The loss overflowed: nothing to learn from this round.
-        # A tail receives activations and labels; its gradient has no input of its own kind that a verifier could see.
-        received, inputs = arrived, None
+        # A tail receives activations and labels; its gradient has no input of its own kind, so the labels stand for it.
+        received, inputs = arrived, labels
         for stage in reversed(self.stages[1:]):
             self.work += 2 * COST[Direction.ACTIVATION] * int(alive.sum())
             crossing = Crossing(
@@ -123,8 +124,8 @@ class Mesh:
         hidden, labels = self.data.validation[:, :-1], self.data.validation[:, 1:]
         with torch.no_grad():
             for stage in self.stages[:-1]:
-                hidden = stage.trainer.module(hidden)
-            return float(self.stages[-1].trainer.module.loss(hidden, labels))
+                hidden = stage.module(hidden)
+            return float(self.stages[-1].module.loss(hidden, labels))
 
 
 def run_mesh(config: MeshConfig, progress: Progress = lambda _: None) -> MeshRun:
@@ -132,9 +133,10 @@ def run_mesh(config: MeshConfig, progress: Progress = lambda _: None) -> MeshRun
     mesh = Mesh(config, make_detector(config.detector, config.warmup))
     run = MeshRun(config, mesh.crew, mesh.boundary.tally)
     for round in range(config.rounds):
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         mesh.play(round)
         run.seconds += time.perf_counter() - begun
+        run.cpu_seconds += time.process_time() - cpu
         run.rounds += 1
         if (round + 1) % config.evaluate_every == 0 or round + 1 == config.rounds:
             run.losses.append((round + 1, mesh.validation_loss()))

@@ -54,6 +54,18 @@ class MeshCourt:
         self.spent += cost
         return Hearing(against >= needed, cost)
 
+    def doubt(self, hops: Hops, row: int) -> Hearing:
+        """One other replica, drawn by lot, redoes the hop."""
+        stage, replica = (int(part) for part in hops.peers[row].split("/"))
+        others = [(stage, one) for one in self._crew.active(stage) if one != replica]
+        if not others:
+            return Hearing(None, 0.0)
+        other = others[int(self._random.integers(len(others)))]
+        cost = COST[hops.direction]
+        self.spent += cost
+        agreed = self._matches(hops, row) or self._vouches(other, (stage, replica))
+        return Hearing(False if agreed else None, cost)
+
     def _matches(self, hops: Hops, row: int) -> bool:
         if not hops.delivered[row]:
             return False

@@ -29,7 +29,8 @@ class Crossing:
     """All that is about to cross one boundary in one round: M microbatches, (M, B, T, W) each.
 
     `workers` (M,) hold the microbatches and change when one is given to another; -1 is nobody. `received` is what the
-    workers see as their input, `inputs` what a verifier can see of it, `honest` what they should send.
+    workers see as their input, `inputs` what a verifier sees of it (at the head tokens, at the tail labels), `honest`
+    what they should send.
     """
 
     stage: StageIndex
@@ -53,6 +54,7 @@ class Tally:
     retried: int = 0
     dropped: int = 0
     verify_seconds: float = 0.0
+    verify_cpu_seconds: float = 0.0
     bans: list[Ban] = field(default_factory=list)
 
 
@@ -70,7 +72,7 @@ class Boundary:
 
     def pass_on(self, crossing: Crossing, active: Mask) -> tuple[Tensor, Mask]:
         """What arrives (M, B, T, W), and which of the `active` microbatches (M,) are still alive."""
-        passed, alive, workers = crossing.honest.clone(), active.copy(), crossing.workers
+        passed, alive, workers = crossing.honest, active.copy(), crossing.workers
         tried: dict[int, set[int]] = {}
         pending = np.flatnonzero(active)
         for attempt in range(self._config.retries + 1):
@@ -80,14 +82,19 @@ class Boundary:
             sent = self._send(crossing, pending)
             refused = self._judge(sent)
             usable = ~refused & sent.delivered & _finite(sent.outputs)
-            passed[pending[usable]] = sent.outputs[usable]
+            if len(pending) == len(passed) and usable.all():
+                passed = sent.outputs
+            else:
+                passed = passed.clone() if passed is crossing.honest else passed
+                passed[pending[usable]] = sent.outputs[usable]
             # What is unusable though nobody refused it is lost: without a detector there is no one to ask for a retry.
             alive[pending[~refused & ~usable]] = False
             pending = pending[refused]
         alive[pending] = False
         alive &= workers >= 0
         self.tally.dropped += int(active.sum() - alive.sum())
-        passed[~alive] = 0
+        if not alive.all():
+            passed = torch.where(torch.from_numpy(alive)[:, None, None, None], passed, 0.0)
         return passed, alive
 
     def _place(self, crossing: Crossing, pending: Rows, tried: dict[int, set[int]], *, retry: bool) -> Rows:
@@ -106,7 +113,8 @@ class Boundary:
 
     def _send(self, crossing: Crossing, pending: Rows) -> Hops:
         """The hops as they arrive from the workers, corrupted or not."""
-        outputs = crossing.honest[pending].clone()
+        everyone = len(pending) == len(crossing.honest)
+        outputs = crossing.honest.clone() if everyone else crossing.honest[pending]
         delivered = np.ones(len(pending), dtype=np.bool_)
         for place, row in enumerate(pending.tolist()):
             sent = self._corrupt(crossing, row)
@@ -121,7 +129,7 @@ class Boundary:
             crossing.round,
             tuple(peer_name((crossing.stage, int(crossing.workers[row]))) for row in pending),
             tuple(pending.tolist()),
-            None if crossing.inputs is None else crossing.inputs[pending],
+            crossing.inputs if everyone or crossing.inputs is None else crossing.inputs[pending],
             outputs,
             delivered,
         )
@@ -146,7 +154,7 @@ class Boundary:
 
     def _judge(self, hops: Hops) -> Mask:
         """Have the sampled hops judged and carry out the bans. (N,) which hops are refused."""
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         refused = np.zeros(len(hops), dtype=np.bool_)
         sampled = self._sample(hops)
         if sampled.any():
@@ -156,6 +164,7 @@ class Boundary:
             refused[rows] = judgement.refused
             self._enforce(judgement)
         self.tally.verify_seconds += time.perf_counter() - begun
+        self.tally.verify_cpu_seconds += time.process_time() - cpu
         self._count(hops, refused)
         return refused
 
@@ -186,5 +195,5 @@ class Boundary:
 
 
 def _finite(outputs: Tensor) -> Mask:
-    finite: Mask = torch.isfinite(outputs).flatten(1).all(1).numpy()
+    finite: Mask = torch.linalg.vector_norm(outputs.flatten(1), torch.inf, dim=1).isfinite().numpy()
     return finite

@@ -14,7 +14,8 @@ def summarise(run: MeshRun) -> dict[str, Any]:
     """The run as plain JSON values. By worker: an attacker that is banned is a true positive.
 
     `rounds_to_ban_median` counts from the attack's start, the round of the ban included; None if nobody was banned.
-    `val_loss` is None if it is not finite. `seconds_per_round` includes verification.
+    `val_loss` is None if it is not finite. `seconds_per_round` includes verification. Processor time is what to
+    compare on a machine that does other work too.
     """
     config, tally = run.config, run.tally
     attackers = {peer_name(worker) for worker in run.crew.saboteurs}
@@ -47,6 +48,8 @@ def summarise(run: MeshRun) -> dict[str, Any]:
         ],
         "seconds_per_round": run.seconds / max(1, run.rounds),
         "verify_seconds_per_round": tally.verify_seconds / max(1, run.rounds),
+        "cpu_seconds_per_round": run.cpu_seconds / max(1, run.rounds),
+        "verify_cpu_seconds_per_round": tally.verify_cpu_seconds / max(1, run.rounds),
         "recompute_fraction": run.recompute_fraction,
         "retried_hops": tally.retried,
         "dropped_microbatches": tally.dropped,

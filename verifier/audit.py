@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from verifier.detector import Court, Hearing
+from verifier.detector import Court, Doubts, Hearing
 from verifier.streams import Direction, Hops, Mask
 
 TOLERANCE = 0.01
@@ -31,8 +31,9 @@ def agrees(sent: Tensor, redone: Tensor) -> bool:
 
 
 class Auditor:
-    """Spends at most `budget` of all compute on recomputing hops: those that are wanted first, and what is left over on
-    the peers that were not looked at for longest, so that nobody can feel safe.
+    """Spends at most `budget` of all compute on recomputing hops. Those by which a peer would be banned come first, and
+    a hearing of one of them is kept in reserve; then those that are wanted; and what is left over goes to the peers
+    that were not looked at for longest, so that nobody can feel safe.
 
     Compute is counted in forward passes of one hop; backward passes count two. `audits` (peers,) counts hearings a row.
     """
@@ -50,8 +51,17 @@ class Auditor:
         self._waited[row] = 0
         self.audits[row] = 0
 
-    def hear(self, hops: Hops, rows: npt.NDArray[np.intp], wanted: Mask, court: Court) -> dict[int, Hearing]:
-        """Hearings by position in `hops`, as many as can be paid in full even at their worst."""
+    def hear(
+        self,
+        hops: Hops,
+        rows: npt.NDArray[np.intp],
+        wanted: Mask,
+        court: Court,
+        accused: Mask | None = None,
+        keep: float = 0.0,
+    ) -> dict[int, Hearing]:
+        """Hearings by position in `hops`, as many as can be paid in full even at their worst. `accused` (N,) of the
+        wanted would ban their peer: one opinion is enough for them, and `keep` passes are kept for such."""
         if self._budget <= 0:
             return {}
         game = int(hops.direction is Direction.GRADIENT)
@@ -59,18 +69,25 @@ class Auditor:
         self._waited[rows, game] += 1
         most = court.most(hops)
         hearings: dict[int, Hearing] = {}
-        for place in self._choose(rows, game, wanted, most):
-            if self._savings < most:
+        urgent = np.zeros(len(hops), dtype=np.bool_) if accused is None else accused & wanted
+        for place in self._choose(rows, game, wanted, urgent, most):
+            brief = urgent[place] and isinstance(court, Doubts)
+            price = 1.0 + 2.0 * game if brief else most if urgent[place] else keep + most
+            if self._savings < price:
                 break
-            hearing = court.hear(hops, place)
+            hearing = (
+                court.doubt(hops, place) if brief and isinstance(court, Doubts) else court.hear(hops, place)
+            )
             self._savings -= hearing.cost
             self._waited[rows[place], game] = 0
             self.audits[rows[place]] += 1
             hearings[place] = hearing
         return hearings
 
-    def _choose(self, rows: npt.NDArray[np.intp], game: int, wanted: Mask, most: float) -> list[int]:
-        chosen: list[int] = np.flatnonzero(wanted).tolist()
+    def _choose(
+        self, rows: npt.NDArray[np.intp], game: int, wanted: Mask, urgent: Mask, most: float
+    ) -> list[int]:
+        chosen: list[int] = [*np.flatnonzero(urgent).tolist(), *np.flatnonzero(wanted & ~urgent).tolist()]
         if self._savings >= self.reserve * most:
             longest = int(np.argmax(self._waited[rows, game]))
             if longest not in chosen:

@@ -35,6 +35,7 @@ def p_values(scores: Floats, reference: Window) -> Floats:
     If a new honest score is exchangeable with those of the reference, its p-value is at most u with probability at
     most u, whatever the scores' distribution: no fence, no Gaussian.
     """
-    above = (reference.values()[None] >= scores[:, None]).sum(1)
-    p: Floats = (1 + above) / (1 + len(reference))
+    known = np.sort(reference.values(), axis=0)
+    below = [np.searchsorted(column, score) for column, score in zip(known.T, scores.T, strict=True)]
+    p: Floats = (1 + len(known) - np.stack(below, axis=1)) / (1 + len(known))
     return p

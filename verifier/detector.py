@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,14 @@ class Court(Protocol):
         ...
 
     def hear(self, hops: Hops, row: int) -> Hearing: ...
+
+
+@runtime_checkable
+class Doubts(Protocol):
+    """A court that can also ask a single replica, which is cheap: one that agrees acquits, one that does not proves
+    nothing by itself (`guilty` is None), and leaves the evidence as it was."""
+
+    def doubt(self, hops: Hops, row: int) -> Hearing: ...
 
 
 class Detector(ABC):

@@ -79,38 +79,45 @@ def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor) -> Floats:
     A transformer stage is a residual map y = x + f(x), and so is its backward map. The first seven are `TRANSITION`,
     over all tokens; the last five are `TOKENS`, the tails over single tokens.
     """
-    n = outputs.shape[0]
     x, y = inputs.flatten(1, 2), outputs.flatten(1, 2)
     step = y - x
-    lx, ly, ld = (torch.linalg.vector_norm(one, dim=2) for one in (x, y, step))
-    xx, yy, dd = lx.square(), ly.square(), ld.square()
-    cosine = (xx + yy - dd) / 2 / (lx * ly).clamp_min(_TINY)
-    turn, bend = 1 - cosine, torch.log(dd + _TINY) - torch.log(xx + _TINY)
-    # How much of the step is along the input: free of the step's size, which grows a lot in training.
-    push = (yy - xx - dd) / 2 / (lx * ld).clamp_min(_TINY)
-    sum_xx, sum_yy, sum_dd = xx.sum(1) + _TINY, yy.sum(1) + _TINY, dd.sum(1) + _TINY
-    changes = _changed_signs(inputs, outputs)
-    spread = (sum_dd / x.shape[1]).sqrt()
-    own = step.mean(1)
-    wander = (own - mean_step).norm(dim=1) / spread
-    along = torch.nn.functional.cosine_similarity(own, mean_step[None], dim=1)
-    roughness = torch.linalg.vector_norm(step.flatten(1), 1, dim=1) / step[0].numel()
-    shape = roughness * x.shape[2] ** 0.5 / spread
-    return _columns(
-        n,
-        torch.log(turn.mean(1).clamp_min(1e-6)),
-        torch.log(changes + _SIGN_FLOOR),
-        torch.log(sum_dd) - torch.log(sum_xx),
-        (sum_yy - sum_xx - sum_dd) / 2 / (sum_xx.sqrt() * sum_dd.sqrt()),
-        torch.log(wander + _TINY),
-        torch.log((1 - along).clamp_min(0) + 0.01),
-        torch.log(shape + _TINY),
-        torch.log(turn.amax(1).clamp_min(1e-6)),
-        bend.amax(1),
-        bend.amin(1),
-        push.amax(1),
-        push.amin(1),
-    )
+    # Lengths of tokens (N, P) are few numbers: from here on NumPy, whose small operations are quicker.
+    lx, ly, ld = (torch.linalg.vector_norm(one, dim=2).double().numpy() for one in (x, y, step))
+    changes = _changed_signs(inputs, outputs).double().numpy()
+    roughness = torch.linalg.vector_norm(step.flatten(1), 1, dim=1).double().numpy() / step[0].numel()
+    own, usual = step.mean(1).double().numpy(), mean_step.double().numpy()
+    with np.errstate(all="ignore"):  # What is not finite shows as such in the features.
+        xx, yy, dd = np.square(lx), np.square(ly), np.square(ld)
+        sum_xx, sum_yy, sum_dd = (one.sum(1) + _TINY for one in (xx, yy, dd))
+        turn = 1 - (xx + yy - dd) / 2 / np.maximum(lx * ly, _TINY)
+        bend = np.log(dd + _TINY) - np.log(xx + _TINY)
+        # How much of the step is along the input: free of the step's size, which grows a lot in training.
+        push = (yy - xx - dd) / 2 / np.maximum(lx * ld, _TINY)
+        spread = np.sqrt(sum_dd / x.shape[1])
+        wander = _lengths(own - usual) / spread
+        along = own @ usual / np.maximum(_lengths(own) * _lengths(usual), _TINY)
+        shape = roughness * x.shape[2] ** 0.5 / spread
+        columns = (
+            np.log(np.maximum(turn.mean(1), 1e-6)),
+            np.log(changes + _SIGN_FLOOR),
+            np.log(sum_dd) - np.log(sum_xx),
+            (sum_yy - sum_xx - sum_dd) / 2 / np.sqrt(sum_xx * sum_dd),
+            np.log(wander + _TINY),
+            np.log(np.maximum(1 - along, 0) + 0.01),
+            np.log(shape + _TINY),
+            np.log(np.maximum(turn.max(1), 1e-6)),
+            bend.max(1),
+            bend.min(1),
+            push.max(1),
+            push.min(1),
+        )
+        features: Floats = np.stack(columns, axis=1)
+    return features
+
+
+def _lengths(rows: Floats) -> Floats:
+    lengths: Floats = np.sqrt(np.square(rows).sum(-1))
+    return lengths
 
 
 def _columns(n: int, *features: Tensor) -> Floats:

@@ -25,6 +25,7 @@ _FAMILIES = Settings().families
 VARIANTS: dict[str, dict[str, Any]] = {
     "no-ema": {"memory": dict.fromkeys(Direction, 0.0)},
     "no-centring": {"centring": False},
+    "no-ranks": {"ranks": False},
     "counter": {"counter": True},
     "no-recompute": {"recompute": 0.0},
     **{

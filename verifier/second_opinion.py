@@ -22,11 +22,11 @@ _Place = tuple[int, Direction, int, int]
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refused output (B, T, W) of the peer in `row`, and the p-values (K,) that were held against it."""
+    """A refused output (B, T, W) of the peer in `row`, and what the bets (kinds, bets) on it won, in logs."""
 
     row: int
     output: Tensor
-    p: Floats
+    gains: Floats
 
 
 class Refusals:
@@ -48,10 +48,10 @@ class Refusals:
                 found[place] = same
         return found
 
-    def note(self, hops: Hops, rows: npt.NDArray[np.intp], p: Floats, refused: Mask) -> None:
+    def note(self, hops: Hops, rows: npt.NDArray[np.intp], gains: Floats, refused: Mask) -> None:
         for place in np.flatnonzero(refused & hops.delivered):
             key = _place(hops, int(place))
-            refusal = Refusal(int(rows[place]), hops.outputs[place].clone(), p[place])
+            refusal = Refusal(int(rows[place]), hops.outputs[place].clone(), gains[place])
             self._latest.setdefault(key, []).append(refusal)
             if len(self._latest) > self._memory:
                 self._latest.popitem(last=False)

@@ -11,19 +11,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from protocol.votes import Verdict
 from verifier import features
 from verifier.audit import Auditor
-from verifier.baseline import Centring, MeanTensor, Spread
+from verifier.baseline import Centring, MeanByToken, MeanTensor, Spread
 from verifier.cascade import Cascade
 from verifier.conformal import Window, p_values
 from verifier.detector import Court, Detector, Hearing
 from verifier.ladder import Ladder, Standing
-from verifier.martingale import Capital
+from verifier.martingale import Capital, losses, power_bets, rank_bets
 from verifier.roster import Roster, in_turns
 from verifier.second_opinion import Refusal, Refusals
-from verifier.streams import Ban, Direction, Floats, Hops, Judgement, Mask, Peer, Stream
+from verifier.streams import Ban, Direction, Floats, Hops, Judgement, Mask, Peer, StageIndex, Stream
 from verifier.violations import ViolationCounter
 
 # With fewer scores in the reference, being the highest of them means little.
@@ -34,6 +35,8 @@ _RANKABLE = 100
 _YOUNG, _YOUNG_CUT = 200, 4.0
 # Hops outside a group by which it is seen that a stream has changed as a whole.
 _LATEST = 12
+# Kept for those who would be banned, in forward passes: two opinions about gradients, six about activations.
+_KEPT = 6.0
 _GAMES = {Direction.ACTIVATION: 0, Direction.GRADIENT: 1}
 
 
@@ -51,7 +54,7 @@ class Settings:
     - `memory`: weight of the old mean tensor per hop (the paper's 0.9 and 0.8 for a step of 8 replicas).
     - `peers`: how many are monitored.
     - `recompute`: the share of all compute that recomputation may take; 0 is off.
-    - `families`, `centring`, `counter` are for ablations.
+    - `families`, `centring`, `ranks` (bets on ranks within a step), `counter` are for ablations.
     """
 
     alpha: float = 1e-3
@@ -68,6 +71,7 @@ class Settings:
     recompute: float = 0.009
     families: tuple[str, ...] = ("marginal", "transition", "tokens")
     centring: bool = True
+    ranks: bool = True
     counter: bool = False
 
 
@@ -77,6 +81,7 @@ class _StreamState:
 
     mean: MeanTensor
     mean_step: MeanTensor
+    by_token: MeanByToken
     marginal: Centring
     transition: Centring
     spread: Spread
@@ -87,9 +92,13 @@ class _StreamState:
 
 @dataclass(frozen=True)
 class Screening:
-    """What `screen` saw of N hops. `raw` (N,) are the highest scores before any
-    discount, `unspread` (N, K) those after the cascade's. `confirmed`, by
-    position, are refusals that a hop proves wrong. `wanted` (N,) should be heard if affordable."""
+    """What `screen` saw of N hops.
+
+    `raw` (N,) are the highest scores before any discount, `unspread` (N, K) those after the cascade's. `gains`
+    (N, kinds, bets) are the logs of what betting on the hops wins. `confirmed`, by position, are refusals that a hop
+    proves wrong. `wanted` (N,) should be heard if affordable, and first of them the `accused` (N,), who would be banned
+    for this hop.
+    """
 
     hops: Hops
     rows: npt.NDArray[np.intp]
@@ -102,9 +111,11 @@ class Screening:
     unspread: Floats
     scores: Floats
     p: Floats
+    gains: Floats
     confirmed: dict[int, list[Refusal]]
     odd: Mask
     wanted: Mask
+    accused: Mask
     in_group: bool
     quorum: int
 
@@ -119,11 +130,15 @@ class Sentinel(Detector):
         self._cascade = Cascade()
         self._refusals = Refusals()
         count = self.settings.peers
-        self._capital = Capital(count, len(_GAMES), len(self.settings.families))
+        ranked = len(self.settings.families) * self.settings.ranks
+        kinds = len(self.settings.families) + ranked
+        self._capital = Capital(count, len(_GAMES), kinds)
+        self._losses = losses(kinds, ranked)
         self._violations = ViolationCounter(count)
         self._samples = np.zeros(count, dtype=np.int64)
         self._flags = np.zeros(count, dtype=np.int64)
         self._banned = np.zeros(count, dtype=np.bool_)
+        self._bans: dict[StageIndex, int] = {}
         self._roster = Roster(count, self._forget)
         self.auditor = Auditor(self.settings.recompute, count)
 
@@ -131,7 +146,8 @@ class Sentinel(Detector):
 
     def judge(self, hops: Hops, court: Court) -> Judgement:
         screening = self.screen(hops, court.quorum(hops))
-        hearings = self.auditor.hear(hops, screening.rows, screening.wanted, court)
+        keep = 0.0 if len(self._state(hops).reference) < _YOUNG else _KEPT
+        hearings = self.auditor.hear(hops, screening.rows, screening.wanted, court, screening.accused, keep)
         return self.record(screening, hearings)
 
     def guard(self, hops: Hops) -> Mask:
@@ -150,6 +166,8 @@ class Sentinel(Detector):
             return Standing()
         evidence = float(self._evidence(np.array([row]))[0])
         verdict = Verdict.BANNED if self._banned[row] else self._ladder.verdict(evidence)
+        if verdict is Verdict.BANNED and not self._banned[row]:
+            verdict = Verdict.QUARANTINED  # Until it is heard.
         audits = int(self.auditor.audits[row])
         return Standing(verdict, evidence, int(self._samples[row]), int(self._flags[row]), audits)
 
@@ -174,10 +192,18 @@ class Sentinel(Detector):
         raw, scores = scores.max(1), unspread / state.spread.discount(unspread, hops.round, group)
         scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
-        odd = self._odd(state, unspread / state.spread.typical(hops.round), valid, p)
+        gains = self._gains(hops, state, valid, p, scores, quorum)
+        relative = unspread / state.spread.typical(hops.round)
+        if hops.inputs is not None and not hops.inputs.is_floating_point():
+            relative = relative[:, :1]  # What follows from tokens has tails too heavy to be judged by size.
+        odd = self._odd(state, scores, relative, valid, p)
         confirmed = self._refusals.confirmed(hops, rows, quorum)
-        wanted = odd | (self._evidence(rows) >= self._ladder.top / 3)
+        suspect = self._evidence(rows) >= self._ladder.top / 3
+        wanted = odd | suspect
         wanted[list(confirmed)] = False
+        accused = suspect & wanted
+        if accused.any():
+            accused &= self._would_ban(hops, rows, gains)
         return Screening(
             hops,
             rows,
@@ -190,9 +216,11 @@ class Sentinel(Detector):
             unspread,
             scores,
             p,
+            gains,
             confirmed,
             odd,
             wanted,
+            accused,
             group is not None,
             quorum,
         )
@@ -203,16 +231,18 @@ class Sentinel(Detector):
         whole = len(set(hops.peers)) >= 2 * quorum - 1 and bool(trusted.any())
         return trusted if self.settings.centring and whole else None
 
-    def _odd(self, state: _StreamState, relative: Floats, valid: Mask, p: Floats) -> Mask:
-        """By rank; by size relative to what is typical while there are too few scores to rank against."""
+    def _odd(self, state: _StreamState, scores: Floats, relative: Floats, valid: Mask, p: Floats) -> Mask:
+        """By rank; by size `relative` to the step's typical score while there are too few to rank against."""
         known = len(state.reference)
         if known < _RANKABLE:
             odd: Mask = ~valid | (relative.max(1) > self.settings.outlier)
             return odd
         rare: Mask = p.min(1) <= max(self.settings.refuse, 1 / (1 + known))
         if known * self.settings.refuse < 1:
-            # To be the highest of so few happens more often than an honest tensor may be refused.
-            rare &= ~valid | (relative.max(1) > self.settings.outlier)
+            # To be the highest of so few happens more often than an honest tensor may be refused: it must be as much
+            # higher as a heavy tail, of index 3, would have it.
+            beyond = (known * self.settings.refuse) ** (-1 / 3)
+            rare &= ~valid | (scores > beyond * state.reference.values().max(0)).any(1)
         return rare
 
     def _state(self, hops: Hops) -> _StreamState:
@@ -223,6 +253,7 @@ class Sentinel(Detector):
             state = self._streams[hops.stream] = _StreamState(
                 MeanTensor(memory),
                 MeanTensor(memory),
+                MeanByToken(),
                 Centring(len(features.MARGINAL)),
                 Centring(count),
                 Spread(len(self.settings.families)),
@@ -231,20 +262,30 @@ class Sentinel(Detector):
         return state
 
     def _marginal(self, hops: Hops, state: _StreamState) -> Floats:
-        mean = state.mean.value
-        if mean is None:
-            mean = hops.outputs.nanmedian(0).values.mean(0)
         directions = features.projections(hops.outputs.shape[-1])
-        distances = features.marginal_distances(hops.outputs, mean, directions)
+        distances = features.marginal_distances(hops.outputs, self._mean(hops, state), directions)
         return features.log_marginal(distances)
 
+    def _mean(self, hops: Hops, state: _StreamState) -> Tensor:
+        """(T, W) what is usual; in the first step, the replicas' median."""
+        return hops.outputs.nanmedian(0).values.mean(0) if state.mean.value is None else state.mean.value
+
+    def _inputs(self, hops: Hops, state: _StreamState) -> Tensor | None:
+        """(N, B, T, W) what went in; for tokens, what usually comes out for them."""
+        if hops.inputs is None or hops.inputs.is_floating_point():
+            return hops.inputs
+        if not state.by_token.ready:
+            return None
+        return state.by_token.expect(hops.inputs, self._mean(hops, state).mean(0))
+
     def _transition(self, hops: Hops, state: _StreamState) -> Floats | None:
-        if hops.inputs is None:
+        inputs = self._inputs(hops, state)
+        if inputs is None:
             return None
         mean_step = state.mean_step.value
         if mean_step is None:
-            mean_step = features.mean_steps(hops.inputs, hops.outputs).nanmedian(0).values
-        return features.transition(hops.inputs, hops.outputs, mean_step)
+            mean_step = features.mean_steps(inputs, hops.outputs).nanmedian(0).values
+        return features.transition(inputs, hops.outputs, mean_step)
 
     def _valid(self, hops: Hops, marginal: Floats) -> Mask:
         """What arrived and is finite. L2 sums every element, so it is finite only if they all are."""
@@ -269,6 +310,31 @@ class Sentinel(Detector):
             return self._violations.share(rows) * self._ladder.top
         return self._capital.log_capital(rows)
 
+    def _gains(
+        self, hops: Hops, state: _StreamState, valid: Mask, p: Floats, scores: Floats, quorum: int
+    ) -> Floats:
+        """(N, kinds, bets) log gains of betting on p-values, and on ranks if several peers' hops are here.
+
+        Nothing is won or lost on p-values while there are too few scores to rank against, unless nothing usable came.
+        """
+        gains = power_bets(np.minimum(1.0, self.settings.margin * p))
+        if len(state.reference) < _YOUNG:
+            gains[valid] = 0.0
+        if not self.settings.ranks:
+            return gains
+        ranked = np.zeros_like(gains)
+        peers = len(set(hops.peers))
+        if peers > 1:
+            ranked = rank_bets(scores, (quorum - 1) / max(peers, 2 * quorum - 1))
+        return np.concatenate([gains, ranked], axis=1)
+
+    def _would_ban(self, hops: Hops, rows: npt.NDArray[np.intp], gains: Floats) -> Mask:
+        """(N,) whose peer would be banned for this hop, if it is not shown innocent."""
+        if self.settings.counter:
+            return self._evidence(rows) >= self._ladder.top
+        would: Mask = self._capital.after(rows, _GAMES[hops.direction], gains) >= self._ladder.top
+        return would
+
     # Learning
 
     def record(self, screening: Screening, hearings: dict[int, Hearing]) -> Judgement:
@@ -280,15 +346,22 @@ class Sentinel(Detector):
         for row, refusals in screening.confirmed.items():
             innocent[row] = True
             for refusal in refusals:
-                self._capital.refund(refusal.row, _GAMES[hops.direction], refusal.p)
+                self._capital.refund(refusal.row, _GAMES[hops.direction], refusal.gains)
         self._weigh(screening, innocent)
         self._forgive_a_majority(screening)
         evidence = self._evidence(rows)
-        convicted = guilty | (evidence >= self._ladder.top)
-        refused = (screening.odd & ~innocent) | convicted
+        accused = (evidence >= self._ladder.top) & ~innocent
+        heard = np.zeros(len(hops), dtype=np.bool_)
+        heard[list(hearings)] = True
+        # If more look guilty than attackers can be, the references are off: then nobody is banned without a hearing,
+        # or only on evidence of alpha squared.
+        sure = heard | (evidence >= 2 * self._ladder.top) | (self.settings.recompute <= 0)
+        sure |= self._can_all_be_guilty(screening)
+        convicted = guilty | (accused & sure)
+        refused = (screening.odd & ~innocent) | accused | convicted
         bans = self._ban(screening, convicted, guilty, evidence)
         self._flags[rows[screening.odd & ~innocent]] += 1
-        self._refusals.note(hops, rows, self._bettable(screening), refused)
+        self._refusals.note(hops, rows, screening.gains - self._losses, refused)
         self._cascade.note(hops, screening.raw, ~refused & screening.valid, innocent)
         if not screening.in_group:
             self._notice_change(screening, innocent)
@@ -298,11 +371,11 @@ class Sentinel(Detector):
     def _weigh(self, screening: Screening, innocent: Mask) -> None:
         """Bet on each hop's p-values; a hop found innocent counts as the most ordinary one."""
         game = _GAMES[screening.hops.direction]
-        p = np.where(innocent[:, None], 1.0, self._bettable(screening))
+        gains = np.where(innocent[:, None, None], self._losses, screening.gains)
         for places in in_turns(screening.rows):
             rows = screening.rows[places]
             self._samples[rows] += 1
-            self._capital.bet(rows, game, p[places])
+            self._capital.bet(rows, game, gains[places])
             self._violations.count(rows, screening.odd[places] & ~innocent[places])
 
     def _forgive_a_majority(self, screening: Screening) -> None:
@@ -314,12 +387,12 @@ class Sentinel(Detector):
                 self._capital.forget(int(row))
                 self._violations.forget(int(row))
 
-    def _bettable(self, screening: Screening) -> Floats:
-        """(N, K) the p-values to bet on: 1, which wins nothing, while they do not mean much."""
-        if len(self._state(screening.hops).reference) < _YOUNG:
-            return np.where(screening.valid[:, None], 1.0, screening.p)
-        wary: Floats = np.minimum(1.0, self.settings.margin * screening.p)
-        return wary
+    def _can_all_be_guilty(self, screening: Screening) -> bool:
+        """Whether those of the stage that are banned or nearly so are no more than a minority of its peers."""
+        rows = np.unique(screening.rows)
+        nearly = int(((self._evidence(rows) >= self._ladder.top * 2 / 3) & ~self._banned[rows]).sum())
+        banned = self._bans.get(screening.hops.stage, 0)
+        return nearly + banned <= (2 * screening.quorum - 2 + banned) // 2
 
     def _ban(self, screening: Screening, convicted: Mask, guilty: Mask, evidence: Floats) -> tuple[Ban, ...]:
         hops, bans = screening.hops, []
@@ -327,6 +400,7 @@ class Sentinel(Detector):
             if self._banned[screening.rows[row]]:
                 continue
             self._banned[screening.rows[row]] = True
+            self._bans[hops.stage] = self._bans.get(hops.stage, 0) + 1
             reason = (
                 f"recomputation of a {hops.direction} differs"
                 if guilty[row]
@@ -345,13 +419,16 @@ class Sentinel(Detector):
         if state.marginal.ready:
             state.spread.learn(screening.unspread[chosen])
         hops = hops if len(chosen) == len(hops) else hops.take(chosen)
+        inputs = self._inputs(hops, state)
         state.mean.update(hops.outputs.mean(1))
         state.marginal.learn(screening.marginal[chosen], screening.marginal_residuals[chosen])
         if screening.transition is not None and screening.transition_residuals is not None:
-            assert hops.inputs is not None
-            state.mean_step.update(features.mean_steps(hops.inputs, hops.outputs))
+            assert inputs is not None
+            state.mean_step.update(features.mean_steps(inputs, hops.outputs))
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
-        if state.marginal.settled:
+        if hops.inputs is not None and not hops.inputs.is_floating_point():
+            state.by_token.update(hops.inputs, hops.outputs)
+        if state.marginal.settled and (hops.inputs is None or state.transition.settled):
             state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))
         self._end_probation(state, hops.round)
 

@@ -26,10 +26,11 @@ Stream: TypeAlias = tuple[StageIndex, Direction]
 
 @dataclass(frozen=True)
 class Hops:
-    """N hops of one stream. Where a hop has no input that anybody can show (a head's activation, a tail's
-    gradient), `inputs` is None for all.
+    """N hops of one stream.
 
-    `outputs` and `inputs` are (N, B, T, W) of any floating dtype: B sequences, T tokens, W wide.
+    `outputs` and `inputs` are (N, B, T, W) of any floating dtype: B sequences, T tokens, W wide. Where a head turned
+    tokens into activations, or a tail labels into gradients, `inputs` are these, int64 (N, B, T). None for all if
+    nobody can show what went in.
     `delivered` says which outputs arrived with the right shape; the rest of `outputs` is then of no meaning.
     """
 

@@ -16,7 +16,9 @@ from benchmarks.mesh_config import MeshConfig
 from benchmarks.mesh_court import MeshCourt
 from benchmarks.mesh_crew import Crew
 from benchmarks.mesh_report import summarise
+from benchmarks.mesh_stage import MeshOptimizer, MeshStage
 from cli.main import app
+from node.trainer import StageTrainer
 from protocol.errors import UserError
 from verifier.registry import make_detector
 from verifier.streams import Direction, Hops
@@ -85,6 +87,25 @@ def test_what_cannot_be_used_does_not_break_the_run(attack: str) -> None:
     assert np.isfinite(loss_of(run))
 
 
+def test_a_stage_learns_exactly_as_a_nodes_trainer_does() -> None:
+    manifest = TINY.manifest()
+    stage, trainer = MeshStage(manifest, 1, 0), StageTrainer(manifest, 1, torch.device("cpu"))
+    optimizer = MeshOptimizer(manifest, [stage])
+    for round in range(4):
+        x, gradient = torch.randn(2, 4, 1, 8, 16)
+        stage.begin_round()
+        stage.forward(x)
+        mine = stage.backward(gradient, torch.ones(4, dtype=torch.bool))
+        optimizer.step(round)
+        taken = trainer.forward(x.flatten(0, 1))
+        theirs = trainer.backward(taken, gradient.flatten(0, 1), accumulate=True)
+        trainer.step(trainer.take_gradient()[0] / 4)
+        assert mine is not None and theirs is not None
+        assert torch.allclose(mine.flatten(0, 1), theirs, rtol=1e-4, atol=1e-6)
+    for weight, other in zip(stage.module.parameters(), trainer.module.parameters(), strict=True):
+        assert torch.allclose(weight, other, rtol=1e-4, atol=1e-6)
+
+
 def test_old_weights_are_those_of_so_many_rounds_ago() -> None:
     mesh = Mesh(replace(TINY, attack="stale:2", warmup=100), make_detector("none"))
     stage, outputs = mesh.stages[1], []
@@ -139,6 +160,16 @@ def test_the_court_convicts_by_majority_and_colluders_cannot_acquit_themselves()
     assert len(bad) == 2 and {verdict for verdict, _ in found} == {True, False}
     assert sum(verdict is True for verdict, _ in found) > 8
     assert {_hear(mesh.court, good[0], honest) for _ in range(20)} == {(False, 1.0)}
+
+
+def test_one_opinion_acquits_or_leaves_it_open() -> None:
+    mesh = Mesh(replace(TINY, attack="zeros", warmup=0), make_detector("none"))
+    mesh.play(0)
+    honest = mesh.stages[1].redo_activation(0)
+    for sent, verdict in ((honest, False), (torch.zeros_like(honest), None)):
+        hop = Hops(1, Direction.ACTIVATION, 0, ("1/0",), (0,), None, sent[None], np.array([True]))
+        assert mesh.court.doubt(hop, 0).guilty is verdict
+        assert mesh.court.doubt(hop, 0).cost == 1.0
 
 
 def _hear(court: MeshCourt, replica: int, sent: torch.Tensor) -> tuple[bool | None, float]:

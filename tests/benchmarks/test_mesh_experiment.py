@@ -75,4 +75,6 @@ def _summary(case: Case) -> dict[str, Any]:
         "val_losses": [[25, 3.0], [50, 2.5]],
         "seconds_per_round": 1.0,
         "verify_seconds_per_round": 0.1,
+        "cpu_seconds_per_round": 1.0,
+        "verify_cpu_seconds_per_round": 0.1,
     }

@@ -63,9 +63,76 @@ def test_nobody_is_banned_without_an_attack() -> None:
     assert play(Sentinel(), "nothing", rounds=300, start=0) == []
 
 
-def test_an_attack_from_the_first_round_on_is_found_too() -> None:
-    bans = play(Sentinel(Settings(recompute=0)), "flip", rounds=90, start=0)
+@pytest.mark.parametrize("kind", ["zeros", "flip", "noise", "half the tokens"])
+def test_an_attack_from_the_first_round_on_is_found_too(kind: str) -> None:
+    bans = play(Sentinel(Settings(recompute=0)), kind, rounds=60, start=0)
     assert sorted(peer for peer, _ in bans) == PEERS[:3]
+    assert max(round for _, round in bans) < 40
+
+
+def test_a_head_that_sends_noise_of_the_right_size_is_found_by_its_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(50, 16, generator=generator)
+    detector, court, bans = Sentinel(Settings(recompute=0)), NoCourt(8), set()
+    for round in range(60):
+        tokens = torch.randint(50, (8, 2, 24), generator=generator)
+        context = torch.randn(8, 2, 24, 16, generator=generator)
+        sent = embedding[tokens] + 0.5 * context
+        if round >= 40:
+            sent[0] = sent[0].std() * torch.randn(sent[0].shape, generator=generator)
+        bans |= {ban.peer for ban in detector.judge(hops(tokens, sent, round, PEERS), court).bans}
+    assert bans == {"1/0"}
+
+
+def test_more_than_a_minority_is_not_banned_without_a_hearing_except_on_twice_the_evidence() -> None:
+    detector, stage, court, banned = Sentinel(), Stage(), NoCourt(8), {}
+    quarantined = 0
+    for round in range(100):
+        peers = [peer for peer in PEERS if peer not in banned]
+        x = stage.inputs(len(peers))
+        sent = stage.outputs(x)
+        for place, peer in enumerate(peers):
+            if round >= (60 if peer in PEERS[:3] else 75) and peer in PEERS[:4]:
+                sent[place] *= -1
+        judgement = detector.judge(hops(x, sent, round, peers), court)
+        for ban in judgement.bans:
+            banned[ban.peer] = round
+            court.replicas -= 1
+        fourth = detector.standing(PEERS[3])
+        if fourth.log_evidence > 6.91 and PEERS[3] not in banned:
+            quarantined += 1
+            assert fourth.verdict is Verdict.QUARANTINED and judgement.refused[peers.index(PEERS[3])]
+    assert list(banned) == [*sorted(PEERS[:3], key=banned.__getitem__), PEERS[3]]
+    assert max(banned[peer] for peer in PEERS[:3]) < 75
+    assert quarantined >= 1
+    assert detector.standing(PEERS[3]).log_evidence >= 2 * 6.9
+
+
+class AcquittingCourt(NoCourt):
+    """Finds everyone innocent, at a price."""
+
+    def most(self, hops: Hops) -> float:
+        return 7.0
+
+    def hear(self, hops: Hops, row: int) -> Hearing:
+        return Hearing(False, 1.0)
+
+    def doubt(self, hops: Hops, row: int) -> Hearing:
+        return Hearing(False, 1.0)
+
+
+def test_nobody_is_banned_for_what_a_recomputation_confirms() -> None:
+    """All the money there is goes to those who would be banned, and they are not."""
+    detector = Sentinel(Settings(recompute=0.2))
+    assert play(detector, "nothing", rounds=50, start=0) == []
+    stage, court, bans = Stage(seed=1), AcquittingCourt(8), []
+    generator = torch.Generator().manual_seed(2)
+    for round in range(50, 90):
+        x = stage.inputs(8)
+        sent = corrupted("noise", stage.outputs(x), slice(0, 1), generator)
+        bans += detector.judge(hops(x, sent, round, PEERS), court).bans
+    assert bans == []
+    assert detector.standing("1/0").audits > 5
 
 
 def test_one_hop_at_a_time_with_three_replicas_is_enough() -> None:

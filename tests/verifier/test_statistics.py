@@ -10,11 +10,11 @@ from protocol.votes import Verdict
 from tests.verifier.streams import Stage, hops
 from verifier import features
 from verifier.audit import agrees
-from verifier.baseline import Centring, MeanTensor, Spread
+from verifier.baseline import Centring, MeanByToken, MeanTensor, Spread
 from verifier.cascade import Cascade
 from verifier.conformal import Window, p_values
 from verifier.ladder import Ladder
-from verifier.martingale import Capital
+from verifier.martingale import Capital, power_bets, rank_bets
 from verifier.roster import Roster, in_turns
 from verifier.second_opinion import Refusals
 
@@ -85,6 +85,20 @@ def test_a_minority_cannot_move_the_centre_or_the_spread_far() -> None:
     assert scores[:3].min() > 20
 
 
+def test_the_usual_output_of_a_token_is_learned_and_bounded() -> None:
+    means, unknown = MeanByToken(), torch.full((4,), 7.0)
+    tokens = torch.tensor([[[1, 2, 1]]])
+    assert means.expect(tokens, unknown).eq(7).all()
+    for value in (1.0, 3.0):
+        means.update(tokens, torch.full((1, 1, 3, 4), value))
+    assert means.expect(torch.tensor([[[1, 2, 3]]]), unknown)[0, 0].tolist() == [
+        [2.0] * 4,
+        [2.0] * 4,
+        [7.0] * 4,
+    ]
+    assert means.expect(torch.tensor([[[1 + MeanByToken.rows]]]), unknown)[0, 0, 0, 0] == 2
+
+
 def test_p_values_are_uniform_for_exchangeable_scores_and_never_zero() -> None:
     random = np.random.default_rng(1)
     window = Window(1, 400)
@@ -103,7 +117,7 @@ def test_an_honest_peer_is_banned_with_probability_at_most_alpha() -> None:
     for step in range(300):
         # The three kinds of score are dependent, as they are in truth.
         p = np.repeat(random.uniform(size=(peers, 1)), 3, axis=1)
-        capital.bet(rows, step % 2, np.maximum(p, 1 / 513))
+        capital.bet(rows, step % 2, power_bets(np.maximum(p, 1 / 513)))
         ever |= capital.log_capital(rows) >= -np.log(alpha)
     assert ever.mean() <= alpha
 
@@ -113,20 +127,49 @@ def test_an_attacker_is_found_soon_however_long_it_was_honest(honest: int) -> No
     random = np.random.default_rng(3)
     capital, row = Capital(1, 2, 3), np.array([0])
     for _ in range(honest):
-        capital.bet(row, 0, random.uniform(1 / 513, 1, size=(1, 3)))
+        capital.bet(row, 0, power_bets(random.uniform(1 / 513, 1, size=(1, 3))))
     needed = 0
     while capital.log_capital(row)[0] < -np.log(1e-3):
-        capital.bet(row, 0, np.full((1, 3), 2 / 513))
+        capital.bet(row, 0, power_bets(np.full((1, 3), 2 / 513)))
         needed += 1
     assert needed <= 7
 
 
+def _ranks(random: np.random.Generator, attackers: int) -> list[int]:
+    """Rounds until each of 8 replicas is banned by ranks alone, 1,000 if never; the first are always the oddest."""
+    capital, rows, banned = Capital(8, 1, 1), np.arange(8), [1000] * 8
+    for step in range(300):
+        # The scale of all scores wanders, as in a stream that drifts.
+        scores = random.exponential(size=(8, 1)) * np.exp(step / 10)
+        scores[:attackers] += 1e20
+        capital.bet(rows, 0, rank_bets(scores, 3 / 8))
+        for row in np.flatnonzero(capital.log_capital(rows) >= -np.log(1e-3)):
+            banned[row] = min(banned[row], step)
+    return banned
+
+
+@pytest.mark.parametrize("attackers", [0, 1, 2, 3])
+def test_ranks_within_a_step_find_a_minority_without_any_history_and_whatever_drifts(attackers: int) -> None:
+    random = np.random.default_rng(attackers)
+    for _ in range(20):
+        banned = _ranks(random, attackers)
+        assert max(banned[:attackers], default=0) <= 20
+        assert min(banned[attackers:]) == 1000
+
+
+def test_rank_bets_are_fair() -> None:
+    random = np.random.default_rng(4)
+    for count in (3, 8, 20):
+        gains = np.exp(rank_bets(random.permutation(count)[:, None].astype(float), 0.4))
+        assert np.allclose(gains.mean(0), 1.0)
+
+
 def test_a_refund_takes_back_exactly_the_last_bet() -> None:
     refunded, ordinary, row = Capital(1, 1, 3), Capital(1, 1, 3), np.array([0])
-    p = np.array([[0.002, 0.1, 0.5]])
-    refunded.bet(row, 0, p)
-    refunded.refund(0, 0, p[0])
-    ordinary.bet(row, 0, np.ones((1, 3)))
+    gains, lost = power_bets(np.array([[0.002, 0.1, 0.5]])), power_bets(np.ones((1, 3)))
+    refunded.bet(row, 0, gains)
+    refunded.refund(0, 0, (gains - lost)[0])
+    ordinary.bet(row, 0, lost)
     assert refunded.log_capital(row) == pytest.approx(ordinary.log_capital(row))
 
 
@@ -164,11 +207,11 @@ def test_what_was_odd_before_is_discounted_in_full_only_if_proven() -> None:
 def test_replicas_confirm_each_other_only_in_a_quorum() -> None:
     x = torch.randn(1, 1, 2, 4)
     refusals, refused = Refusals(), np.array([True])
-    p = np.full((1, 3), 0.01)
+    gains = np.zeros((1, 3, 5))
     for row in range(2):
         hop = hops(x, x, 0, [f"1/{row}"])
         assert refusals.confirmed(hop, np.array([row]), quorum=3) == {}
-        refusals.note(hop, np.array([row]), p, refused)
+        refusals.note(hop, np.array([row]), gains, refused)
     third = hops(x, x, 0, ["1/2"])
     assert [one.row for one in refusals.confirmed(third, np.array([2]), quorum=3)[0]] == [0, 1]
     other = hops(x, x + 1, 0, ["1/2"])
