@@ -34,7 +34,6 @@ from protocol.samples import STATE_BYTES
 from verifier.guard import Guard
 from verifier.streams import Direction
 
-
 _MAX_FLAGGED = 256
 _LENIENT_FROM = 6
 """The attempt at a slot from which on the guard lets its tensors pass."""
