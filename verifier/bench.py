@@ -49,6 +49,8 @@ class Bench:
         self._sentinel = Sentinel(self.settings)
         self.conduct = Conduct()
         self._convicted: dict[PeerId, tuple[Cause, str, bytes]] = {}
+        self._stray_states: dict[PeerId, bytes | None] = {}
+        """The last weights of each peer that were found not to be its stage's: that need not be found again."""
         self._notes: dict[PeerId, deque[str]] = {}
         self._flags: dict[PeerId, Counter[Direction]] = {}
 
@@ -63,7 +65,11 @@ class Bench:
         chosen = [
             place for place, work in enumerate(works) if screening.wanted[place] or work.peer in accused
         ]
-        chosen = [place for place in chosen if works[place].peer not in self._convicted]
+        chosen = [
+            place
+            for place in chosen
+            if works[place].peer not in self._convicted and not self._is_known_stray(works[place])
+        ]
         return sorted(chosen, key=lambda place: -float(screening.raw[place]))
 
     def record(
@@ -74,7 +80,7 @@ class Bench:
         for place, finding in findings.items():
             work, guilty = works[place], finding.guilty
             if guilty and work.state is not None and work.state != finding.state:
-                self.conduct.stray(work.peer, now)
+                self._stray_states[work.peer] = work.state
                 guilty = None
             elif guilty:
                 self._convict(work, finding)
@@ -86,6 +92,8 @@ class Bench:
                 self.conduct.fail(
                     liar, "says of others' work what other replicas contradict", Cause.RECOMPUTED
                 )
+        for peer in {work.peer for work in works if self._is_known_stray(work)}:
+            self.conduct.stray(peer, now)
         judgement = self._sentinel.record(screening, hearings)
         for row in np.flatnonzero(judgement.refused):
             work = works[int(row)]
@@ -96,6 +104,9 @@ class Bench:
             if PeerId(ban.peer) not in self._convicted:
                 evidence = digest(*(work.evidence for work in works if work.peer == ban.peer))
                 self._convicted[PeerId(ban.peer)] = Cause.EVIDENCE, ban.reason, evidence
+
+    def _is_known_stray(self, work: Work) -> bool:
+        return work.state is not None and self._stray_states.get(work.peer) == work.state
 
     def _convict(self, work: Work, finding: Finding) -> None:
         text = (

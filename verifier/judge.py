@@ -47,6 +47,8 @@ HEARINGS_SAVED = 24.0
 _ROUTINE_ABOVE = HEARINGS_SAVED * 3 / 4
 UNREACHABLE_FOR = 20.0
 """Seconds for which a node that takes part may be out of a verifier's reach before that counts as hiding."""
+PURSUE_EVERY = 1.5
+"""Seconds between two panels for the same suspicions: they would show the same again."""
 _FEW = 4
 """Samples of a peer below which it is new."""
 _PULSE, _STALL = 0.5, 3.0
@@ -92,6 +94,7 @@ class Judge:
         self._alarms = Allowance(ALARMS_SAVED, ALARMS_SAVED)
         self._hearings = Allowance(HEARINGS_SAVED, HEARINGS_SAVED)
         self._round = 0
+        self._pursued_at = -PURSUE_EVERY
         self._held_lost: dict[PeerId, float] = {}
         self._stalled_until, self._pulse = 0.0, monotonic()
         self.counts: Counter[str] = Counter()
@@ -146,7 +149,8 @@ class Judge:
             panel = draw(start=self._generator.choice(alarms), wanted=accused)
             self.counts["alarms"] += 1
             self._alarms.pay(len(panel))
-        elif accused and self._alarms.can_pay(size):
+        elif accused and self._alarms.can_pay(size) and now - self._pursued_at >= PURSUE_EVERY:
+            self._pursued_at = now
             panel = draw(wanted=accused)
             self._alarms.pay(len(panel))
         elif self._routine.can_pay(size):

@@ -11,6 +11,8 @@ from node.passes import Forwarded, Returned, StagePasses
 from node.trainer import StageTrainer
 from protocol.codec import payload_digest, split_payload
 from protocol.errors import ProtocolError, Reason
+from protocol.identity import Identity
+from protocol.receipts import Direction, MicrobatchId, Receipt, SignedReceipt
 from tests.swarms import small_manifest
 
 CPU = torch.device("cpu")
@@ -51,6 +53,33 @@ def test_a_covered_slot_is_computed_but_not_accumulated(chain: list[StagePasses]
     back = chain[0].backward(forwarded.graph, Held(payload, None, returned.answer.digest), 0, covered=True)
     assert isinstance(back, Returned)
     assert chain[0].slots == chain[1].slots == []
+
+
+class _FlagsAll:
+    def check(self, tensor: torch.Tensor, sender: str) -> bool:
+        return False
+
+
+def test_a_text_that_is_odd_by_itself_is_not_lost_for_ever(chain: list[StagePasses]) -> None:
+    """Flagged from one sender; from a second one, or at a late attempt, it is used: else the run would end with it."""
+    tail, plain = chain[1], received(inject(chain, 0))
+    tail.guards = {Direction.ACTIVATION: _FlagsAll()}  # type: ignore[dict-item]
+
+    def sent_by(sender: Identity, slot: int = 0, attempt: int = 0) -> Held:
+        receipt = Receipt(
+            b"r" * 32, MicrobatchId(sender.peer_id, slot, attempt), Direction.ACTIVATION, 0, 0, b"i" * 32,
+            plain.digest, sender.peer_id, sender.peer_id,
+        )  # fmt: skip
+        return Held(plain.payload, SignedReceipt.sign(receipt, sender), plain.digest)
+
+    one, other = Identity.generate(), Identity.generate()
+    for attempt in range(2):
+        with pytest.raises(ProtocolError, match="flagged"):
+            tail.tail(sent_by(one, attempt=attempt), 0, covered=True)
+    assert tail.tail(sent_by(other), 0, covered=True).loss is not None
+    assert tail.tail(sent_by(one, slot=5, attempt=6), 5, covered=True).loss is not None
+    with pytest.raises(ProtocolError, match="flagged"):
+        tail.tail(sent_by(other, slot=9), 9, covered=True)
 
 
 @pytest.mark.parametrize("reason", [Reason.WRONG_DIGEST, Reason.NOT_FINITE, Reason.MALFORMED])
