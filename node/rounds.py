@@ -46,6 +46,7 @@ _LEAD_WITHIN = AVERAGING_TIMEOUT + 10.0
 """Seconds that a leader has to close a full round; then it is the next member's turn."""
 _PATIENCE = 2.0
 """Seconds for which a stage that lags behind the heads still waits for gradients under way to it."""
+_ASTRAY_AFTER = 5.0
 _TICK = 0.25
 _MAX_ATTEMPTS_AHEAD = 1000
 
@@ -108,6 +109,7 @@ class StageRounds:
         self._averagings: dict[tuple[int, int], Averaging] = {}
         self._running: asyncio.Task[None] | None = None
         self._lagging_since: float | None = None
+        self._astray_since: float | None = None
         self._stepped_at = monotonic()
         self.standing = Standing(0, b"\0" * 32, 0, frozenset())
         self._held = self.standing
@@ -182,7 +184,7 @@ class StageRounds:
         if self._running is not None:
             return
         version = self.version
-        if self._replicas.newest() > version or self._disagrees(version):
+        if self._replicas.newest() > version or self._disagrees(version) or self._is_astray(version):
             await self.resync()
         elif not self.is_over and self._should_close(version) and self._leads(version):
             await self._lead(version)
@@ -191,6 +193,15 @@ class StageRounds:
         settled_down = monotonic() - self._stepped_at > _PATIENCE
         agreed = self._replicas.agreed_digest(version)
         return settled_down and agreed is not None and agreed != self.standing.digest
+
+    def _is_astray(self, version: int) -> bool:
+        """Whether we went on alone, as after an interruption that parted us from the rest: most of the stage has not
+        closed the rounds that we have, and does not hurry after us."""
+        if not 0 <= self._replicas.newest() < version - 1:
+            self._astray_since = None
+            return False
+        self._astray_since = self._astray_since or monotonic()
+        return monotonic() - self._astray_since > _ASTRAY_AFTER
 
     def _leads(self, version: int) -> bool:
         """Whether it is ours to lead: the first member's, and if the round does not close, the next one's in turn."""
@@ -217,8 +228,21 @@ class StageRounds:
     # --- leading ---
 
     async def _lead(self, version: int) -> None:
+        """Propose a roster, unless another leader of better rank opens this round, or closes it, meanwhile."""
         self._attempt += 1
-        attempt = self._attempt
+        ours = self._opened = _Opened(self._own, self._attempt, monotonic())
+        try:
+            commit, invited = await self._gather_roster(version, ours.attempt)
+            if self._opened is not ours or self._running is not None or self.version != version:
+                return
+            self._begin(commit)
+        finally:
+            if self._opened is ours:
+                self._opened = None
+        await asyncio.gather(*(self._send_commit(peer, commit) for peer in invited), return_exceptions=True)
+
+    async def _gather_roster(self, version: int, attempt: int) -> tuple[RoundCommit, list[PeerId]]:
+        """Who brings what to this round, and the members to tell. Raises `ProtocolError` (stale) if it is over."""
         holdings = {self._own: await self._freeze(version)}
         apart = {self._own, *self._left_out}
         others = [peer for peer in self._replicas.members(version) if peer not in apart]
@@ -230,16 +254,14 @@ class StageRounds:
                 holdings[peer] = answer
             elif isinstance(answer, ProtocolError):
                 if answer.reason is Reason.STALE and await self._is_past(version):
-                    return
+                    raise answer
                 log.warning("round goes on without a replica", version=version, peer=peer, reason=str(answer))
             elif isinstance(answer, BaseException):
                 raise answer
         roster = tuple(Member(peer, holdings[peer].count) for peer in sorted(holdings))
         settled = {slot for holding in holdings.values() for slot in holding.slots}
         commit = RoundCommit(version, attempt, roster, tuple(sorted(settled)))
-        self._begin(commit)
-        invited = (peer for peer in holdings if peer != self._own)
-        await asyncio.gather(*(self._send_commit(peer, commit) for peer in invited), return_exceptions=True)
+        return commit, [peer for peer in holdings if peer != self._own]
 
     async def _is_past(self, version: int) -> bool:
         """Whether the stage has closed this round without us, so that we should catch up.
@@ -265,9 +287,8 @@ class StageRounds:
         """What we bring to this round. At a later attempt, what came in the meantime is brought too."""
         async with self._freezing:
             await self._compute.run(Urgency.ROUND, self._passes.take_gradient, self._keep)
-            if self.version != version:
+            if self.version != version or self._frozen is None:
                 raise ProtocolError(Reason.STALE, f"round {version} at {self.version}")
-            assert self._frozen is not None
             return RoundHolding(len(self._frozen.slots), self._frozen.slots)
 
     def _keep(self, gradient: Tensor, slots: tuple[int, ...]) -> None:
@@ -393,6 +414,7 @@ class StageRounds:
         self.standing = standing
         self._frozen, self._opened, self._attempt = None, None, 0
         self._lagging_since, self._closing_since, self._left_out = None, None, set()
+        self._astray_since = None
         self._stepped_at = monotonic()
         self._on_version()
 
