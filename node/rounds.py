@@ -186,8 +186,17 @@ class StageRounds:
         version = self.version
         if self._replicas.newest() > version or self._disagrees(version) or self._is_astray(version):
             await self.resync()
-        elif not self.is_over and self._should_close(version) and self._leads(version):
+        elif not self.is_over and self._is_due(version) and self._leads(version):
             await self._lead(version)
+
+    def _is_due(self, version: int) -> bool:
+        return self._should_close(version) and self._are_all_here(version)
+
+    def _are_all_here(self, version: int) -> bool:
+        """Whether nobody is still on the way from the round before to this one: in a moment it will say that it has
+        arrived, and who closed the round without it would part from it. But nobody waits for long."""
+        late = any(report.version == version - 1 for report in self._replicas.replicas().values())
+        return not late or monotonic() - self._stepped_at > _PATIENCE
 
     def _disagrees(self, version: int) -> bool:
         settled_down = monotonic() - self._stepped_at > _PATIENCE
@@ -222,6 +231,8 @@ class StageRounds:
         if heads < min(version + ahead, rounds):
             self._lagging_since = None
             return False
+        if heads > version + ahead:
+            return True  # What they send by now is not for this round.
         self._lagging_since = self._lagging_since or monotonic()
         return monotonic() - self._lagging_since > _PATIENCE
 
@@ -255,6 +266,8 @@ class StageRounds:
             elif isinstance(answer, ProtocolError):
                 if answer.reason is Reason.STALE and await self._is_past(version):
                     raise answer
+                if answer.reason is Reason.BUSY and self._may_wait():
+                    raise answer  # It follows another leader, perhaps one that we do not know of yet.
                 log.warning("round goes on without a replica", version=version, peer=peer, reason=str(answer))
             elif isinstance(answer, BaseException):
                 raise answer
@@ -262,6 +275,9 @@ class StageRounds:
         settled = {slot for holding in holdings.values() for slot in holding.slots}
         commit = RoundCommit(version, attempt, roster, tuple(sorted(settled)))
         return commit, [peer for peer in holdings if peer != self._own]
+
+    def _may_wait(self) -> bool:
+        return self._closing_since is not None and monotonic() - self._closing_since < _PATIENCE
 
     async def _is_past(self, version: int) -> bool:
         """Whether the stage has closed this round without us, so that we should catch up.
@@ -414,7 +430,6 @@ class StageRounds:
         self.standing = standing
         self._frozen, self._opened, self._attempt = None, None, 0
         self._lagging_since, self._closing_since, self._left_out = None, None, set()
-        self._astray_since = None
         self._stepped_at = monotonic()
         self._on_version()
 

@@ -116,3 +116,28 @@ def test_who_went_on_alone_goes_back_to_what_most_hold(
     # They have caught up: a round's delay is no straying.
     hear(replica, OTHER, 6)
     assert not replica._is_astray(7)
+
+
+def test_a_round_waits_a_moment_for_those_who_come_from_the_one_before(
+    replica: StageRounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one alone could close it in the moment in which the others' last word is of the round before."""
+    now = rounds.monotonic()
+    monkeypatch.setattr(rounds, "monotonic", lambda: now)
+    replica._turn(Standing(1, DIGEST, 4, frozenset()))
+    hear(replica, OWN, 1)
+    assert not replica._are_all_here(1)
+    hear(replica, OTHER, 1)
+    hear(replica, THIRD, 1)
+    assert replica._are_all_here(1)
+    hear(replica, THIRD, 0)
+    monkeypatch.setattr(rounds, "monotonic", lambda: now + rounds._PATIENCE + 0.1)
+    assert replica._are_all_here(1)
+
+
+def test_a_stage_that_lags_far_behind_does_not_wait(replica: StageRounds) -> None:
+    """For work that cannot come any more."""
+    for heads, closes in ((1, False), (2, True)):
+        report = Progress(0, heads, DIGEST, PeerState.SERVING, (), (), (), 0)
+        replica._heads.hear(OTHER, report, rounds.monotonic())
+        assert replica._should_close(0) is closes
