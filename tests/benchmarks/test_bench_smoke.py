@@ -37,7 +37,7 @@ def test_ceiling_is_met_from_below() -> None:
     assert Ratio("gap", (0.2,)).is_met is None
 
 
-@pytest.mark.parametrize("trip", ["forward", "both"])
+@pytest.mark.parametrize("trip", [pytest.param("forward", marks=pytest.mark.slow), "both"])
 async def test_tensor_goes_through_a_stage_in_another_process(tmp_path: Path, trip: Trip) -> None:
     with Worker(own_worker, tmp_path) as worker:
         await asyncio.to_thread(worker.wait_ready)

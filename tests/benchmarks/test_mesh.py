@@ -64,7 +64,7 @@ def test_it_learns() -> None:
     assert loss_of(run) < run.losses[0][1] - 0.3
 
 
-@pytest.mark.parametrize("direction", ["activation", "gradient"])
+@pytest.mark.parametrize("direction", [pytest.param("activation", marks=pytest.mark.slow), "gradient"])
 def test_defended_it_ends_as_if_nobody_had_attacked(direction: str) -> None:
     changes = {"rounds": 95, "warmup": 70, "attack": "flip", "attack_direction": direction}
     free, bare = play(rounds=95), play(**changes)
