@@ -45,6 +45,7 @@ async def test_tensor_goes_through_a_stage_in_another_process(tmp_path: Path, tr
             assert await path.trips(window=2, count=4) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(170)
 async def test_a_ban_spreads_in_a_small_crowd_of_which_one_restarts(tmp_path: Path) -> None:
     report = await gossip.spread(tmp_path, repeat=1, size=6)
