@@ -205,7 +205,8 @@ async def test_a_link_ends_on_both_sides_with_any_of_its_streams(pair: Pair) -> 
     """What was under way on that stream is lost, and nothing else would tell."""
     answering, asking, link = pair
     await asking._open_stream(link.peer)
-    assert len(link.streams) == 2
+    (other,) = answering.links.values()
+    await until(lambda: sum(stream.greeted for one in (link, other) for stream in one.streams) == 4)
     link.streams[1].abort()
     await asyncio.gather(within(asking._owner.down), within(answering._owner.down))
     assert not link.is_up
