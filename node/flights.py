@@ -63,7 +63,6 @@ class Flight:
     phase: Phase = Phase.FORWARD
     received: Held = field(default_factory=Held)
     gradient: Held = field(default_factory=Held)
-    labels: memoryview = _EMPTY
     output: Outgoing | None = None
     answer: Outgoing | None = None
     answer_version: int = 0

@@ -12,10 +12,10 @@ from node.data import Corpus
 from node.flights import Phase
 from node.progress import next_slot
 from node.replica import Replica
-from node.tasks import wait_for
 from protocol.directory import Directory, PeerState
 from protocol.errors import ProtocolError, SentinelError
 from protocol.receipts import MAX_ATTEMPT, MicrobatchId
+from protocol.tasks import wait_for
 
 _LOOK_AGAIN = 1.0
 _START_POLL = 0.25

@@ -41,11 +41,10 @@ _LENIENT_FROM = 6
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A forward pass: its graph, the output as it goes out (None if nothing does), and the labels that go with it."""
+    """A forward pass: its graph, and the output as it goes out with its labels (None if nothing does)."""
 
     graph: Pass
     output: Outgoing | None
-    labels: memoryview
     input_digest: bytes
 
 
@@ -233,7 +232,7 @@ class StagePasses:
             return self.trainer.redo(self._before(graph.version, ago), x)
 
         sent = self._send(Direction.ACTIVATION, graph.version, slot, inputs, graph.output, redo, labels)
-        return Forwarded(graph, sent, labels, input_digest)
+        return Forwarded(graph, sent, input_digest)
 
     def _before(self, version: int, ago: int) -> int:
         return max(version - ago, self.trainer.oldest)

@@ -288,7 +288,7 @@ class Pipeline:
         if isinstance(result, Returned):
             self._finish(flight, result)
             return
-        flight.graph, flight.output, flight.labels = result.graph, result.output, result.labels
+        flight.graph, flight.output = result.graph, result.output
         flight.version, flight.state = result.graph.version, result.graph.state
         if flight.previous is None:
             flight.received = Held(digest=result.input_digest)

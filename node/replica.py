@@ -17,7 +17,6 @@ from node.passes import StagePasses
 from node.pipeline import Pipeline
 from node.progress import StageProgress
 from node.rounds import StageRounds
-from node.tasks import wait_for
 from node.trainer import StageTrainer
 from node.transfer import CHUNK_BYTES, StateServer
 from node.witness import Witness
@@ -30,6 +29,7 @@ from protocol.identity import Identity, PeerId
 from protocol.links import Link, Switchboard
 from protocol.manifest import SignedManifest
 from protocol.reports import Progress, progress_topic
+from protocol.tasks import wait_for
 from protocol.vote_set import VoteSet
 from protocol.votes import Verdict
 

@@ -9,12 +9,12 @@ from time import monotonic, time
 import structlog
 
 from node.replica import Replica
-from node.tasks import wait_for
 from protocol import wire
 from protocol.directory import Directory, PeerState, StageRecord
 from protocol.errors import ProtocolError
 from protocol.identity import Identity
 from protocol.reports import Metrics, SlotLoss, metrics_topic, progress_topic
+from protocol.tasks import wait_for
 
 log = structlog.get_logger("node")
 

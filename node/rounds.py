@@ -36,6 +36,7 @@ from protocol.requests import (
     RoundOpen,
     RoundPart,
 )
+from protocol.tasks import wait_for
 
 log = structlog.get_logger("rounds")
 
@@ -166,17 +167,12 @@ class StageRounds:
     async def run(self) -> None:
         """Lead, follow and catch up until cancelled."""
         while True:
-            self.news.clear()
             try:
                 await self._advance()
             except ProtocolError as error:
                 log.warning("round not closed", version=self.version, reason=str(error))
                 await asyncio.sleep(_RETRY_AFTER)
-            try:
-                async with asyncio.timeout(_TICK):
-                    await self.news.wait()
-            except TimeoutError:
-                continue
+            await wait_for(self.news, _TICK)
 
     async def _advance(self) -> None:
         self._replicas.prune(monotonic())

@@ -19,7 +19,6 @@ from node.placement import check_fits, choose_device, fitting_stages, least_serv
 from node.replica import Limits, Replica
 from node.reporting import ANNOUNCE_EVERY, REPORT_EVERY, Reporter
 from node.sabotage import AttackConfig, Sabotage
-from node.tasks import TaskSet
 from node.transfer import Checkpoint
 from protocol.directory import Directory, PeerState, StageRecord
 from protocol.errors import BannedError, ProtocolError, UserError
@@ -29,6 +28,7 @@ from protocol.introduction import fetch_manifest
 from protocol.invite import Invite
 from protocol.manifest import Manifest
 from protocol.reports import Metrics
+from protocol.tasks import TaskSet
 from protocol.votes import SignedVote
 
 log = structlog.get_logger("node")
@@ -82,6 +82,7 @@ class Volunteer:
         self._replica: Replica | None = None
         self._neighbours: dict[PeerId, StageRecord] = {}
         self._meeting: set[PeerId] = set()
+        self._began = self._looked_at = 0.0
 
     @property
     def replica(self) -> Replica:
@@ -136,7 +137,8 @@ class Volunteer:
             raise self._ban(self._votes_against_us())
         tasks.spawn(self._watch_for_ban())
         tasks.spawn(replica.ballots.run())
-        tasks.spawn(self._keep_looking())
+        self._began = monotonic()
+        tasks.every(_LOOK_OFTEN, self._look_around)
         tasks.every(_MEET_EVERY, self._meet_neighbours)
         tasks.every(REPORT_EVERY, self._reporter.report_metrics)
         tasks.every(ANNOUNCE_EVERY, self._reporter.announce)
@@ -226,20 +228,14 @@ class Volunteer:
             return True  # For all we know.
         return any(peer != self.peer_id and record.state in _HOLDS_STATE for peer, record in records.items())
 
-    async def _keep_looking(self) -> None:
+    async def _look_around(self) -> None:
         """Read who serves our own stage and those beside it: often at first and while a stage is missing, then seldom,
         since who comes later dials us."""
-        began = monotonic()
-        while True:
-            try:
-                await self._look_around()
-            except (ProtocolError, OSError) as error:
-                log.warning("looking for neighbours will be tried again", reason=str(error))
-            is_settled = monotonic() - began > _SETTLING and self.replica.waiting_for < 0
-            await asyncio.sleep(_LOOK_SELDOM if is_settled else _LOOK_OFTEN)
-
-    async def _look_around(self) -> None:
-        replica = self.replica
+        replica, now = self.replica, monotonic()
+        is_settled = now - self._began > _SETTLING and replica.waiting_for < 0
+        if is_settled and now - self._looked_at < _LOOK_SELDOM:
+            return
+        self._looked_at = now
         last = replica.manifest.stages.count - 1
         found: dict[PeerId, StageRecord] = {}
         for stage in range(max(0, replica.stage - 1), min(replica.stage + 1, last) + 1):

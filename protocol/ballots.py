@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic, time
@@ -23,6 +23,7 @@ from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
 from protocol.links import Answer, Link, Switchboard
 from protocol.requests import VOTES, VotesHeld, VotesWanted
+from protocol.tasks import Background
 from protocol.vote_set import MAX_HISTORY, MAX_SUBJECTS, VoteKey, VoteSet, key_of
 from protocol.votes import MAX_BUNDLE, Contradiction, SignedVote, Statement, VoteBundle, votes_topic
 
@@ -65,7 +66,7 @@ class Ballots:
             self._seed_ids.setdefault(PeerId(seed.rpartition("/p2p/")[2]), []).append(seed)
         self._saved = 0
         self._compared: WeakKeyDictionary[Link, float] = WeakKeyDictionary()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Background()
         switchboard.methods[VOTES] = self._answer
 
     async def start(self) -> None:
@@ -85,7 +86,7 @@ class Ballots:
             await self.save()
             if monotonic() >= due:
                 turn, due = turn + 1, monotonic() + COMPARE_EVERY
-                self._spawn(self._compare(turn))
+                self._tasks.spawn(self._compare(turn))
             await asyncio.sleep(_TICK)
 
     async def save(self) -> None:
@@ -122,7 +123,7 @@ class Ballots:
             if wanted.known == self.votes.digest():
                 return held, memoryview(b"")
             # It may know what we do not. Its question is our occasion.
-            self._spawn(self._ask_back(link))
+            self._tasks.spawn(self._ask_back(link))
         proofs = tuple(self.votes.contradictions.values()) if after == _START else ()
         return held, memoryview(wire.encode(VoteBundle(self.votes.page(after, MAX_BUNDLE), proofs)))
 
@@ -159,7 +160,7 @@ class Ballots:
             )
             if verifier not in told:
                 # We found it by having heard both sides; others may have heard one.
-                self._spawn(self.publish(self.votes.contradictions[verifier]))
+                self._tasks.spawn(self.publish(self.votes.contradictions[verifier]))
         return errors
 
     # --- asking ---
@@ -243,13 +244,6 @@ class Ballots:
 
     # --- ending ---
 
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def stop(self) -> None:
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.stop()
         await self.save()

@@ -33,6 +33,7 @@ from protocol.messages import (
 )
 from protocol.refusals import Refusals
 from protocol.streams import Stream
+from protocol.tasks import Background
 from protocol.vote_set import VoteSet
 from protocol.votes import Verdict
 
@@ -181,7 +182,7 @@ class Switchboard:
         self._dialling: dict[PeerId, asyncio.Lock] = {}
         self._votes: VoteSet | None = None
         self._parting: set[PeerId] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Background()
         self._answering = 0
 
     def obey(self, votes: VoteSet) -> None:
@@ -196,21 +197,14 @@ class Switchboard:
         """`accept=False`: only dial, as one does who has nothing to serve yet."""
         if accept:
             await self._acceptor.start(self.host.p2p, self._protocol)
-        self._spawn(self._watch())
+        self._tasks.spawn(self._watch())
 
     async def stop(self) -> None:
         """Close every link, letting queued frames leave."""
         await self._acceptor.stop()
         for link in tuple(self.links.values()):
             self._close(link)
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._tasks.stop()
 
     # --- opening ---
 
@@ -317,7 +311,7 @@ class Switchboard:
             self.refusals.count(link.peer, ProtocolError(message.reason, "farewell"))
             link.close()
         elif isinstance(message, Request):
-            self._spawn(self._answer(link, message, payload))
+            self._tasks.spawn(self._answer(link, message, payload))
         elif isinstance(message, Reply):
             if not link.take_reply(message, payload):
                 self.refusals.count(link.peer, ProtocolError(Reason.UNSOLICITED, f"reply {message.number}"))
@@ -410,7 +404,7 @@ class Switchboard:
                 link.send(Farewell(Reason.BANNED))
             link.retire()
             self._forget(link)
-        self._spawn(self._part(peer, link))
+        self._tasks.spawn(self._part(peer, link))
 
     async def _part(self, peer: PeerId, link: Link | None) -> None:
         try:
@@ -449,7 +443,7 @@ class Switchboard:
                     elif stream.greeted:
                         stream.ping()
                 if link.dialled and (link.round_trip or 0.0) > LONG_ROUND_TRIP:
-                    self._spawn(self._widen(link))
+                    self._tasks.spawn(self._widen(link))
 
     async def _widen(self, link: Link) -> None:
         """A single stream's window does not fill a long pipe: open a few, up to `STREAMS_WHEN_LONG`."""

@@ -21,6 +21,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
+from protocol.tasks import Background
 
 log = structlog.get_logger("sockets")
 
@@ -117,14 +118,14 @@ class Acceptor:
         self._on_socket = on_socket
         self._path = Path(tempfile.gettempdir()) / f"sentinel-{secrets.token_urlsafe(8)}.sock"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Background()
 
     async def start(self, p2p: P2P, protocol: str) -> None:
         self._listener.setblocking(False)
         self._listener.bind(str(self._path))
         self._path.chmod(0o600)
         self._listener.listen(64)
-        self._spawn(self._accept())
+        self._tasks.spawn(self._accept())
         address = Multiaddr(f"/unix{self._path}")
         request = p2pd_pb2.Request(
             type=p2pd_pb2.Request.STREAM_HANDLER,
@@ -135,11 +136,6 @@ class Acceptor:
         control = _unix_socket()
         with control:
             await _call(control, p2p.daemon_listen_maddr["unix"], request)
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -153,7 +149,7 @@ class Acceptor:
                 await asyncio.sleep(_ACCEPT_AGAIN)
                 continue
             _widen(stream)
-            self._spawn(self._greet(stream))
+            self._tasks.spawn(self._greet(stream))
 
     async def _greet(self, stream: socket.socket) -> None:
         try:
@@ -164,9 +160,7 @@ class Acceptor:
             stream.close()
 
     async def stop(self) -> None:
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.stop()
         self._listener.close()
         with suppress(FileNotFoundError):
             self._path.unlink()

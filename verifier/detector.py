@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from verifier.ladder import Standing
 from verifier.streams import Hops, Judgement, Mask, Peer
@@ -64,7 +63,3 @@ class LetPass(Detector):
 
     def judge(self, hops: Hops, court: Court) -> Judgement:
         return Judgement(np.zeros(len(hops), dtype=np.bool_))
-
-
-def rows_where(mask: Mask) -> npt.NDArray[np.intp]:
-    return np.flatnonzero(mask)

@@ -6,7 +6,7 @@ It serves no stage, and no node depends on it for its work.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from protocol.invite import Invite
 from protocol.links import Link, Switchboard
 from protocol.manifest import SignedManifest
 from protocol.samples import Effort, effort_topic
+from protocol.tasks import TaskSet
 from protocol.vote_set import VoteSet
 from verifier.inquirer import Inquirer
 from verifier.judge import Judge
@@ -67,8 +68,7 @@ class Verifier:
         self._config = config
         self._identity = Identity.load_or_create(config.identity)
         self.peer_id = self._identity.peer_id
-        self._tasks: set[asyncio.Future[None]] = set()
-        self._failed: asyncio.Future[None] | None = None
+        self._tasks: TaskSet | None = None
         self._host: Host | None = None
         self._nodes: dict[PeerId, _Node] = {}
         self._began = self._met_at = self._listened_at = 0.0
@@ -78,9 +78,9 @@ class Verifier:
     async def start(self) -> None:
         """Join the run. Raises `UserError` for what a person can mend: above all, not to be one of its verifiers."""
         config = self._config
-        self._failed = asyncio.get_running_loop().create_future()
+        self._tasks = tasks = TaskSet()
         self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
-        self._spawn(host.watch())
+        tasks.spawn(host.watch())
         signed = await fetch_manifest(host, config.invite)
         electorate = signed.electorate
         if self.peer_id not in electorate.verifiers:
@@ -91,17 +91,18 @@ class Verifier:
         self._stages = signed.manifest.stages.count
         self._directory = await Directory.join(host, signed.run, self._stages)
         await self._open(host, signed)
+        tasks.spawn(self._ballots.run())
         self._inquirer = Inquirer(self._switchboard, signed.manifest)
         self.judge = Judge(signed.run, signed.manifest, self._inquirer, self._replicas, self.votes.is_banned)
         self._spokesman = Spokesman(self._identity, electorate, host, self._ballots, self.judge.bench)
         self._spokesman.remember()
-        self._spawn(self.judge.watch_ourselves())
+        tasks.spawn(self.judge.watch_ourselves())
         self._began = monotonic()
-        self._every(MEET_AT_FIRST, self._meet)
-        self._every(LISTEN_CLOSELY, self._listen)
-        self._every(SIT_EVERY, self._sit)
-        self._every(EFFORT_EVERY, self._tell_effort)
-        self._every(REPORT_EVERY, self._report)
+        tasks.every(MEET_AT_FIRST, self._meet)
+        tasks.every(LISTEN_CLOSELY, self._listen)
+        tasks.every(SIT_EVERY, self._sit)
+        tasks.every(EFFORT_EVERY, self._tell_effort)
+        tasks.every(REPORT_EVERY, self._report)
         log.info("verifying", peer=self.peer_id, quorum=electorate.quorum, of=len(electorate.verifiers))
 
     async def _open(self, host: Host, signed: SignedManifest) -> None:
@@ -119,30 +120,6 @@ class Verifier:
         await self._switchboard.start()
         await self._ballots.start()
         await self._ballots.catch_up()
-        self._spawn(self._ballots.run())
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._on_done)
-
-    def _on_done(self, task: asyncio.Future[None]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        if self._failed is not None and not self._failed.done():
-            self._failed.set_exception(error)
-
-    def _every(self, seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-        async def repeat() -> None:
-            while True:
-                try:
-                    await action()
-                except (ProtocolError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-                    log.warning("will be tried again", action=action.__name__, reason=str(error))
-                await asyncio.sleep(seconds)
-
-        self._spawn(repeat())
 
     # --- who is there, and what passes ---
 
@@ -181,7 +158,8 @@ class Verifier:
                 node.lost_at = None
             else:
                 node.lost_at, node.cursor = node.lost_at or now, 0
-                self._spawn(self._connect(peer, record))
+                assert self._tasks is not None
+                self._tasks.spawn(self._connect(peer, record))
 
     async def _connect(self, peer: PeerId, record: StageRecord) -> None:
         with suppress(ProtocolError):
@@ -242,15 +220,12 @@ class Verifier:
 
     async def wait(self) -> None:
         """For ever, or until a task fails: raises its error."""
-        assert self._failed is not None
-        await asyncio.shield(self._failed)
+        assert self._tasks is not None
+        await self._tasks.wait()
 
     async def stop(self) -> None:
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._failed is not None:
-            self._failed.cancel()
+        if self._tasks is not None:
+            await self._tasks.stop()
         if hasattr(self, "judge"):
             self.judge.stop()
         if hasattr(self, "_ballots"):

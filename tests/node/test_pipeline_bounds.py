@@ -20,7 +20,6 @@ from protocol.errors import Reason
 from protocol.links import Link
 from protocol.messages import Activation, Credit, Gradient, Hello, Kind, Refusal, Reply
 from protocol.receipts import Direction, MicrobatchId
-from tests.conftest import StartHost
 from tests.node.neighbours import (
     Neighbour,
     Place,
@@ -40,15 +39,6 @@ CAPACITY = 4
 HOLD_BYTES = 64 * 1024
 MEMORY = 64 << 20
 """Bytes by which the process may grow: what is not bounded grows past this at once."""
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def places(start_host: StartHost) -> list[Place]:
-    async def one() -> Place:
-        host, identity = await start_host()
-        return Place(host, identity, await host.addresses())
-
-    return list(await asyncio.gather(*(one() for _ in range(4))))
 
 
 @dataclass

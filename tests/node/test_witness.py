@@ -17,7 +17,6 @@ from protocol.errors import ProtocolError, Reason
 from protocol.links import Switchboard
 from protocol.messages import Credit, Gradient
 from protocol.receipts import Direction, MicrobatchId
-from tests.conftest import StartHost
 from tests.node.neighbours import CPU, Neighbour, Place, Victim, round_trip, until
 from tests.swarms import small_manifest
 from verifier.audit import agrees
@@ -53,17 +52,6 @@ class _Deaf:
     def on_link_up(self, link: object) -> None: ...
     def on_link_down(self, link: object) -> None: ...
     def on_message(self, link: object, message: object, payload: memoryview) -> None: ...
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def places(start_host: StartHost) -> list[Place]:
-    """For the node, its head, its tail and a verifier."""
-
-    async def one() -> Place:
-        host, identity = await start_host()
-        return Place(host, identity, await host.addresses())
-
-    return list(await asyncio.gather(*(one() for _ in range(4))))
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -253,7 +253,7 @@ async def test_a_silent_stream_is_given_up(pair: Pair, monkeypatch: pytest.Monke
     monkeypatch.setattr(links, "HEARTBEAT", 0.05)
     monkeypatch.setattr(links, "DEAD_AFTER", 0.5)
     monkeypatch.setattr(streams.Stream, "buffer_updated", lambda self, size: None)
-    asking._spawn(asking._watch())
+    asking._tasks.spawn(asking._watch())
     with capture_logs():
         await asyncio.wait_for(owner.down.wait(), 20.0)
     assert asking.refusals.counts[Reason.TIMED_OUT] >= 1
@@ -278,6 +278,7 @@ async def test_a_banned_peer_is_neither_accepted_nor_dialled_until_it_is_voted_d
     pair: Pair, hosts: list[Host]
 ) -> None:
     answering, asking, _ = pair
+    await until(lambda: hosts[1].peer_id in answering.links)
     votes = banning(answering, hosts[1].peer_id)
     ban(votes, hosts[1].peer_id, VERIFIERS[1:2], time.time())
     await until(lambda: not asking.links)

@@ -1,4 +1,4 @@
-"""The tasks of a node: started together, ended together, and none of them fails unseen."""
+"""Tasks with an owner: they end with it, and none of a peer's main ones fails unseen."""
 
 from __future__ import annotations
 
@@ -9,20 +9,35 @@ import structlog
 
 from protocol.errors import ProtocolError
 
-log = structlog.get_logger("node")
+log = structlog.get_logger("tasks")
 
 
-class TaskSet:
-    """`failed` resolves with the first error that a task did not handle itself."""
+class Background:
+    """Tasks that nobody waits for, until their owner stops."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Future[None]] = set()
-        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Future[None]) -> None:
+        self._tasks.discard(task)
+
+    async def stop(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class TaskSet(Background):
+    """The tasks of a peer. `wait` raises the first error that one of them did not handle itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def every(self, seconds: float, action: Callable[[], Awaitable[None]]) -> None:
         """Again and again; what the network does to one turn is logged, and the next one tried."""
@@ -38,7 +53,7 @@ class TaskSet:
         self.spawn(repeat())
 
     def _on_done(self, task: asyncio.Future[None]) -> None:
-        self._tasks.discard(task)
+        super()._on_done(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
         if not self._failure.done():
@@ -49,9 +64,7 @@ class TaskSet:
         await asyncio.shield(self._failure)
 
     async def stop(self) -> None:
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await super().stop()
         self._failure.cancel()
 
 
