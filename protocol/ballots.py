@@ -16,7 +16,6 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 import structlog
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 
 from protocol import vote_file, wire
 from protocol.errors import ProtocolError, Reason
@@ -111,7 +110,7 @@ class Ballots:
         self._merge(bundle, self._switchboard.host.peer_id)
         try:
             await self._switchboard.host.publish(votes_topic(self._switchboard.run), wire.encode(bundle))
-        except (OSError, ControlFailure, asyncio.IncompleteReadError) as error:
+        except ProtocolError as error:
             log.warning("a vote was not gossiped", problem=str(error))
 
     async def _answer(self, link: Link, body: bytes, payload: memoryview) -> Answer:

@@ -122,6 +122,20 @@ async def test_votes_reach_everyone_by_gossip(hosts: list[Host]) -> None:
         assert all(other.changed.is_set() for other in others)
 
 
+@pytest.mark.parametrize("reason", [Reason.TIMED_OUT, Reason.UNREACHABLE])
+async def test_a_vote_that_p2pd_does_not_take_is_kept_for_comparing(
+    hosts: list[Host], monkeypatch: pytest.MonkeyPatch, reason: Reason
+) -> None:
+    async def refuse(topic: str, data: bytes) -> None:
+        raise ProtocolError(reason, topic)
+
+    async with run_on(hosts) as peers:
+        one = await peers.start(0, runs=False)
+        monkeypatch.setattr(hosts[0], "publish", refuse)
+        await one.publish(*ban(one.votes, VICTIM, VERIFIERS[:1], time.time()))
+        assert list(one.votes.votes())
+
+
 async def test_gossip_that_does_not_hold_is_counted_and_dropped(hosts: list[Host]) -> None:
     async with run_on(hosts) as peers:
         hearing = await peers.start(0, runs=False)
