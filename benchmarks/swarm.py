@@ -21,7 +21,7 @@ from time import monotonic
 from typing import Any
 
 from node.observer import Observer
-from protocol.errors import SentinelError
+from protocol.errors import BannedError, SentinelError
 from protocol.host import LOOPBACK
 from protocol.identity import Identity, PeerId
 from protocol.invite import Invite
@@ -30,8 +30,6 @@ from protocol.manifest import Manifest, SignedManifest, VerificationSection
 _INVITE_WITHIN = 60.0
 _STOP_WITHIN = 25.0
 _POLL = 0.1
-EXIT_BANNED = 3
-"""Exit code of `join` for a volunteer that is banned."""
 
 
 class SwarmError(SentinelError):
@@ -74,7 +72,7 @@ class Process:
     @property
     def was_banned(self) -> bool:
         """Whether it ended because it was told that it is banned."""
-        return bool(self.process.exitcode == EXIT_BANNED)
+        return bool(self.process.exitcode == BannedError.exit_code)
 
     def signal(self, number: int) -> None:
         if self.process.pid is not None:

@@ -73,11 +73,12 @@ def demo(
         files.check_writable(keep / "run.toml", "--keep")
     from benchmarks.demo import Threat, run_demo
     from node.presets import build_manifest
+    from protocol.manifest import least_quorum
     from verifier.saboteur import parse_attack
 
     parse_attack(attack)
     if quorum is None:
-        quorum = verifiers // 2 + 1
+        quorum = least_quorum(verifiers)
     if malicious is None:
         malicious = int(stages > 2 and replicas > 1)
     threat = Threat(verifiers, quorum, malicious, attack, attack_direction, attack_start)
@@ -117,9 +118,12 @@ def demo(
 
 def _check_threat(threat: Threat, stages: int, replicas: int) -> None:
     """Raises `UserError` for what cannot be played."""
-    if threat.verifiers and not threat.verifiers // 2 < threat.quorum <= threat.verifiers:
+    from protocol.manifest import least_quorum
+
+    lowest = least_quorum(threat.verifiers)
+    if threat.verifiers and not lowest <= threat.quorum <= threat.verifiers:
         problem = f"--quorum {threat.quorum} is no majority of {threat.verifiers} verifiers"
-        raise UserError(problem, f"Use {threat.verifiers // 2 + 1} to {threat.verifiers}")
+        raise UserError(problem, f"Use {lowest} to {threat.verifiers}")
     most = max((replica + 1 for _, replica in threat.places(stages)), default=0)
     if most >= replicas:
         raise UserError(

@@ -9,7 +9,6 @@ from protocol.errors import BannedError, SentinelError, UserError
 
 MENDABLE = 2
 FAILED = 1
-BANNED = 3
 
 # What a person can mend about files, wherever it shows.
 _FILE_TROUBLE = {
@@ -38,7 +37,7 @@ def explain(error: Exception) -> Failure:
     if isinstance(error, UserError):
         return Failure(str(error), MENDABLE)
     if isinstance(error, BannedError):
-        return Failure(str(error), BANNED)
+        return Failure(str(error), error.exit_code)
     if isinstance(error, SentinelError):
         return Failure(str(error), FAILED)
     if _is_out_of_memory(error):

@@ -13,15 +13,19 @@ from protocol.vote_file import VoteArchive
 from protocol.votes import SignedVote, Verdict
 
 
-def explain_ban(peer: PeerId, votes: Sequence[SignedVote]) -> str:
-    """One line: by whom, for what, until when, and what can be done."""
+def explain_ban(peer: PeerId, votes: Sequence[SignedVote], quorum: int = 1) -> str:
+    """One line: by whom, for what, until when, and what can be done.
+
+    The ban ends once fewer than `quorum` of the votes are in force.
+    """
     if not votes:
         return (
             f"This peer, {peer}, is banned from the run. By whom and for what says, under any other identity: "
             "sentinel-node bans INVITE"
         )
     told = [one.vote for one in votes]
-    until = datetime.fromtimestamp(min(vote.expires for vote in told), UTC)
+    expires = sorted((vote.expires for vote in told), reverse=True)
+    until = datetime.fromtimestamp(expires[min(quorum, len(expires)) - 1], UTC)
     grounds = "; ".join(dict.fromkeys(f"{vote.text} ({vote.cause.value})" for vote in told))
     names = ", ".join(sorted(vote.verifier for vote in told))
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -137,12 +137,13 @@ class Replica:
         passes = StagePasses(signed.manifest, trainer, device)
         return cls(signed, stage, identity, host, compute, passes, limits, seeds, votes_path)
 
-    async def start(self) -> None:
-        """Take links and listen to the stage's progress, and to that of the heads."""
+    async def start(self, known: Iterable[tuple[PeerId, Sequence[str]]] = ()) -> None:
+        """Take links, ask the seeds and the peers `known` by id and addresses for all votes, and listen to the progress
+        of the stage and of the heads."""
         await self.rounds.start()
         await self.switchboard.start()
         await self.ballots.start()
-        await self.ballots.catch_up()
+        await self.ballots.catch_up(known)
         await self.host.subscribe(
             progress_topic(self.run, self.stage), self._hearer(self.replicas, self.stage)
         )

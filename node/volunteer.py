@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ _LEAVE_WITHIN = 10.0
 _WITHDRAW_WITHIN = 3.0
 _STATE_WITHIN = 20.0
 _STATE_POLL = 0.2
+_ACQUAINTANCES = 3
 _HOLDS_STATE = (PeerState.SERVING, PeerState.WAITING, PeerState.FINISHED)
 
 
@@ -132,7 +134,7 @@ class Volunteer:
         if config.attack is not None:
             self._become_attacker(config.attack)
         self._reporter = Reporter(replica, self._directory, self._identity, await host.addresses())
-        await replica.start()
+        await replica.start(await self._acquaintances())
         if replica.is_banned.is_set():
             raise self._ban(self._votes_against_us())
         tasks.spawn(self._watch_for_ban())
@@ -155,6 +157,15 @@ class Volunteer:
         await self._reporter.announce()
         log.info("serving", peer=self.peer_id, stage=stage, version=replica.rounds.version)
 
+    async def _acquaintances(self) -> list[tuple[PeerId, Sequence[str]]]:
+        """A few peers beside the seeds to ask for votes: one alone could keep a ban from us."""
+        try:
+            records = await self._directory.peers(self.replica.stage)
+        except ProtocolError:
+            return []
+        others = [(peer, record.addresses) for peer, record in records.items() if peer != self.peer_id]
+        return random.sample(others, min(_ACQUAINTANCES, len(others)))
+
     async def _watch_for_ban(self) -> None:
         """Until cancelled. Raises `BannedError` when we are banned."""
         await self.replica.is_banned.wait()
@@ -167,7 +178,8 @@ class Volunteer:
         return list(self.replica.votes.bans(time()).get(self.peer_id, {}).values())
 
     def _ban(self, votes: Sequence[SignedVote]) -> BannedError:
-        return BannedError(explain_ban(self.peer_id, votes))
+        quorum = 1 if self._replica is None else self.manifest.verification.quorum
+        return BannedError(explain_ban(self.peer_id, votes, quorum))
 
     def _become_attacker(self, attack: AttackConfig) -> None:
         passes = self.replica.passes

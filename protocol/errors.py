@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 
 class SentinelError(Exception):
@@ -22,7 +23,9 @@ class UserError(SentinelError):
 
 
 class BannedError(SentinelError):
-    """This peer is banned from the run: the CLI prints it as one line and exits with code 3."""
+    """This peer is banned from the run: the CLI prints it as one line and exits with `exit_code`."""
+
+    exit_code: Final = 3
 
 
 class Reason(StrEnum):

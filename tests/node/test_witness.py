@@ -14,6 +14,7 @@ from node import witness
 from node.witness import Witness
 from protocol.codec import TensorHeader, decode_tensor, digest
 from protocol.errors import ProtocolError, Reason
+from protocol.introduction import Deaf
 from protocol.links import Switchboard
 from protocol.messages import Credit, Gradient
 from protocol.receipts import Direction, MicrobatchId
@@ -48,19 +49,13 @@ class Court:
         return MicrobatchId(self.head.place.identity.peer_id, slot)
 
 
-class _Deaf:
-    def on_link_up(self, link: object) -> None: ...
-    def on_link_down(self, link: object) -> None: ...
-    def on_message(self, link: object, message: object, payload: memoryview) -> None: ...
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def court(places: list[Place]) -> AsyncIterator[Court]:
     victim = Victim(places[0], MANIFEST, capacity=8, hold_bytes=1 << 24)
     victim.passes.trainer.memory = 2
     victim.passes.note_state(b"s" * 32)
     head, tail = Neighbour(places[1], victim, 0), Neighbour(places[2], victim, 2)
-    judge = Switchboard(places[3].host, victim.run, stage=-1, max_tensor=0, owner=_Deaf())
+    judge = Switchboard(places[3].host, victim.run, stage=-1, max_tensor=0, owner=Deaf())
     allowed = frozenset({places[3].identity.peer_id})
     asked = Witness(victim.switchboard, allowed, victim.compute, victim.passes, victim.pipeline)
     try:
