@@ -112,8 +112,7 @@ class Centring:
             return np.zeros_like(values)
         if group is not None:
             self._step = round, self._follow(middle(values[group]))
-        known = self._step is not None and self._step[0] == round
-        centre = self._step[1] if known and self._step is not None else self._centre
+        centre = self._step[1] if self._step is not None and self._step[0] == round else self._centre
         standard: Floats = (values - centre) / self._scale
         return standard
 
@@ -135,6 +134,10 @@ class Centring:
         beyond = (np.abs(residuals) > _GAUSSIAN_MEDIAN).sum(0) - n / 2
         little = max(self.adapting, min(0.15, 4 / self._seen))
         self._scale = np.maximum(self._scale * np.exp(little * beyond), _SCALE_FLOOR)
+
+    def knows(self, round: int) -> bool:
+        """Whether a group of this round has been seen, so that its other hops are compared with that."""
+        return self._step is not None and self._step[0] == round
 
     @property
     def settled(self) -> bool:

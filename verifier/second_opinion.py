@@ -36,15 +36,24 @@ class Refusals:
         self._latest: OrderedDict[_Place, list[Refusal]] = OrderedDict()
         self._memory = memory
 
-    def confirmed(self, hops: Hops, rows: npt.NDArray[np.intp], quorum: int) -> dict[int, list[Refusal]]:
-        """By position in `hops`: refusals of other peers that were wrong, since `quorum` peers now say the same."""
+    def confirmed(
+        self, hops: Hops, rows: npt.NDArray[np.intp], quorum: int, banned: Mask
+    ) -> dict[int, list[Refusal]]:
+        """By position in `hops`: refusals of other peers that were wrong, since `quorum` peers now say the same.
+
+        `banned`, by row: whose word does not count, as the quorum is one of those who are left.
+        """
         found = {}
         for place, row in enumerate(rows):
             earlier = self._latest.get(_place(hops, place), [])
             if len(earlier) + 1 < quorum:
                 continue
-            same = [one for one in earlier if one.row != row and agrees(hops.outputs[place], one.output)]
-            if len(same) + 1 >= quorum:
+            same = [
+                one
+                for one in earlier
+                if one.row != row and not banned[one.row] and agrees(hops.outputs[place], one.output)
+            ]
+            if len({one.row for one in same}) + 1 >= quorum:
                 found[place] = same
         return found
 

@@ -197,7 +197,7 @@ class Sentinel(Detector):
         if hops.inputs is not None and not hops.inputs.is_floating_point():
             relative = relative[:, :1]  # What follows from tokens has tails too heavy to be judged by size.
         odd = self._odd(state, scores, relative, valid, p)
-        confirmed = self._refusals.confirmed(hops, rows, quorum)
+        confirmed = self._refusals.confirmed(hops, rows, quorum, self._banned)
         suspect = self._evidence(rows) >= self._ladder.top / 3
         wanted = odd | suspect
         wanted[list(confirmed)] = False
@@ -363,7 +363,7 @@ class Sentinel(Detector):
         self._flags[rows[screening.odd & ~innocent]] += 1
         self._refusals.note(hops, rows, screening.gains - self._losses, refused)
         self._cascade.note(hops, screening.raw, ~refused & screening.valid, innocent)
-        if not screening.in_group:
+        if not screening.in_group and not self._state(hops).marginal.knows(hops.round):
             self._notice_change(screening, innocent)
         self._learn(screening, ~refused)
         return Judgement(refused, bans)
@@ -433,15 +433,16 @@ class Sentinel(Detector):
         self._end_probation(state, hops.round)
 
     def _notice_change(self, screening: Screening, innocent: Mask) -> None:
-        """Start a baseline anew if most of the peers look odd by it: then it is not they who are.
+        """Start a baseline anew if most peers look odd by it, and more than attackers can be: it is not they who are.
 
-        In a group the step's median sees to that; this is for hops that come one by one.
+        In a group the step's median sees to that, also for what its round brings later; this is for rounds of which
+        hops come one by one.
         """
         state = self._state(screening.hops)
         state.latest.extend(zip(screening.rows.tolist(), (screening.odd & ~innocent).tolist(), strict=True))
         peers = {row for row, _ in state.latest}
         odd = {row for row, was_odd in state.latest if was_odd}
-        if len(state.latest) == _LATEST and len(peers) >= 3 and 2 * len(odd) > len(peers):
+        if len(state.latest) == _LATEST and len(odd) >= screening.quorum and 2 * len(odd) > len(peers):
             state.latest.clear()
             state.marginal.restart()
             state.transition.restart()

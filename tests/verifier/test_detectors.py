@@ -70,6 +70,26 @@ def test_an_attack_from_the_first_round_on_is_found_too(kind: str) -> None:
     assert max(round for _, round in bans) < 40
 
 
+def test_retries_among_attackers_do_not_make_the_baseline_start_anew() -> None:
+    detector, stage, court = Sentinel(Settings(recompute=0)), Stage(), NoCourt(8)
+    for round in range(60):
+        x = stage.inputs(8)
+        detector.judge(hops(x, stage.outputs(x), round, PEERS), court)
+    for round in range(60, 63):
+        x = stage.inputs(8)
+        zeros = torch.zeros_like(x[:3])
+        assert (
+            detector.judge(hops(x, torch.cat([zeros, stage.outputs(x)[3:]]), round, PEERS), court)
+            .refused[:3]
+            .all()
+        )
+        for _ in range(4):
+            # Retries that chance gives to attackers alone, and one honest peer.
+            retried = detector.judge(hops(x[:3], zeros, round, PEERS[:3]), court)
+            assert retried.refused.all(), f"round {round}: {retried.refused}"
+            detector.judge(hops(x[3:4], stage.outputs(x[3:4]), round, PEERS[3:4]), court)
+
+
 def test_a_head_that_sends_noise_of_the_right_size_is_found_by_its_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(50, 16, generator=generator)

@@ -207,15 +207,16 @@ def test_what_was_odd_before_is_discounted_in_full_only_if_proven() -> None:
 def test_replicas_confirm_each_other_only_in_a_quorum() -> None:
     x = torch.randn(1, 1, 2, 4)
     refusals, refused = Refusals(), np.array([True])
-    gains = np.zeros((1, 3, 5))
+    gains, nobody = np.zeros((1, 3, 5)), np.zeros(3, dtype=np.bool_)
     for row in range(2):
         hop = hops(x, x, 0, [f"1/{row}"])
-        assert refusals.confirmed(hop, np.array([row]), quorum=3) == {}
+        assert refusals.confirmed(hop, np.array([row]), quorum=3, banned=nobody) == {}
         refusals.note(hop, np.array([row]), gains, refused)
     third = hops(x, x, 0, ["1/2"])
-    assert [one.row for one in refusals.confirmed(third, np.array([2]), quorum=3)[0]] == [0, 1]
+    assert [one.row for one in refusals.confirmed(third, np.array([2]), quorum=3, banned=nobody)[0]] == [0, 1]
+    assert refusals.confirmed(third, np.array([2]), quorum=3, banned=np.array([True, False, False])) == {}
     other = hops(x, x + 1, 0, ["1/2"])
-    assert refusals.confirmed(other, np.array([2]), quorum=3) == {}
+    assert refusals.confirmed(other, np.array([2]), quorum=3, banned=nobody) == {}
 
 
 def test_agreement_tolerates_rounding_and_nothing_else() -> None:
