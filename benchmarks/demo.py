@@ -175,7 +175,7 @@ class DemoView:
             ],
         }
 
-    def _verification(self, metrics: list[Metrics]) -> dict[str, float]:
+    def _verification(self, metrics: list[Metrics]) -> dict[str, Any]:
         """What verification cost, as shares: of all microbatches, of the bytes that nodes sent, of the nodes' CPU time.
 
         CPU is from when the last volunteers had joined: all of the verifiers' processes, the guard in every node and
@@ -183,13 +183,21 @@ class DemoView:
         """
         efforts = list(self.observer.efforts.values())
         asked = sum(effort.bytes for effort in efforts)
-        guarding = sum(one.guard_seconds + one.redo_seconds for one in metrics)
+        guard, redo = (
+            sum(getattr(one, part) for one in metrics) for part in ("guard_seconds", "redo_seconds")
+        )
         nodes, judging = self.meter.used(self.swarm.nodes), self.meter.used(self.swarm.verifiers)
         passed = max((effort.passed for effort in efforts), default=0)
         return {
             "sampled_fraction": _share(sum(effort.sampled for effort in efforts), passed),
             "bytes_fraction": _share(asked, sum(one.sent_bytes for one in metrics) - asked),
-            "cpu_fraction": _share(judging + guarding, nodes - guarding),
+            "cpu_fraction": _share(judging + guard + redo, nodes - guard - redo),
+            "cpu_seconds": {
+                "verifiers": judging,
+                "guard": guard,
+                "redo": redo,
+                "nodes": nodes - guard - redo,
+            },
         }
 
 

@@ -21,7 +21,7 @@ _LOOK_AGAIN = 1.0
 _START_POLL = 0.25
 _MAX_UNSENT = 2
 _PATIENCE = 3.0
-"""Seconds without anything of its own to do after which a head takes over what others have not begun."""
+"""Seconds without anything of its own to do after which a head takes what others have not begun, or nobody has to."""
 _REMEMBERED_ROUNDS = 4
 
 
@@ -75,8 +75,8 @@ class Injector:
         if slot is not None or pipeline.flights:
             self._idle_since = monotonic()
         elif monotonic() - self._idle_since > _PATIENCE:
-            # Another head is slow or stuck with its share: nobody should wait for it.
-            slot = next_slot(replica.heads, replica.peer_id, rounds.version, taken, any_owner=True)
+            # Another head is slow or stuck with its share, or too many slots were lost: nobody should wait for them.
+            slot = next_slot(replica.heads, replica.peer_id, rounds.version, taken, is_idle=True)
         return slot
 
     def _limit(self) -> int:

@@ -27,6 +27,8 @@ from protocol.votes import Verdict
 
 _MAX_PEERS = 4096
 _ASKED = 8
+_LATE_ROUNDS = 4
+"""Rounds after which a slot that has not come back will not come any more."""
 
 
 @dataclass
@@ -134,11 +136,14 @@ class Observer:
         return monotonic() - sighting.at
 
     def round_loss(self, round_: int) -> float | None:
-        """Mean loss of a round's slots in nats a token; None until all of them are known."""
-        size = self.signed.manifest.batch.microbatches
+        """Mean loss of a round's slots in nats a token; None until all of them are known, or the round is long over."""
+        manifest = self.signed.manifest
+        size, rounds = manifest.batch.microbatches, manifest.schedule.rounds
         known = [self.losses.get(slot) for slot in range(round_ * size, (round_ + 1) * size)]
         values = [loss for loss in known if loss is not None]
-        return sum(values) / size if len(values) == size else None
+        heads = [one.metrics.version for one in self.sightings.values() if one.metrics.stage == 0]
+        is_long_over = max(heads, default=0) >= min(round_ + _LATE_ROUNDS, rounds)
+        return sum(values) / len(values) if len(values) == size or (values and is_long_over) else None
 
     async def stop(self) -> None:
         if hasattr(self, "_comparing"):

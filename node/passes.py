@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from time import thread_time
 
@@ -29,9 +30,9 @@ from protocol.codec import (
 )
 from protocol.errors import ProtocolError, Reason
 from protocol.manifest import Manifest
-from protocol.receipts import Receipt
+from protocol.receipts import Receipt, SignedReceipt
 from protocol.samples import STATE_BYTES
-from verifier.guard import Guard
+from verifier.guard import Guard, LossGuard
 from verifier.streams import Direction
 
 _MAX_FLAGGED = 256
@@ -76,6 +77,7 @@ class StagePasses:
             if policy.verifiers
             else {}
         )
+        self._loss_guard = LossGuard() if policy.verifiers and trainer.module.is_last else None
         self.guard_seconds = 0.0
         self._flagged: OrderedDict[tuple[int, Direction], set[str]] = OrderedDict()
         self._states: OrderedDict[int, bytes] = OrderedDict()
@@ -113,10 +115,13 @@ class StagePasses:
         return self._forward(x, received.payload[self.header.size :], received.digest, slot)
 
     def tail(self, received: Held, slot: int, *, covered: bool) -> Returned:
-        """Forward, loss and backward on the last stage. `covered`: another replica has this slot's gradient."""
+        """Forward, loss and backward on the last stage. `covered`: another replica has this slot's gradient.
+
+        Raises `ProtocolError`: as `forward`.
+        """
         x = self._read(received, Direction.ACTIVATION)
         labels = self._labels(received.payload[self.header.size :], self.header.shape[:2])
-        return self._tail(x, labels, slot, covered=covered)
+        return self._tail(x, labels, slot, covered=covered, receipt=received.receipt)
 
     def backward(self, graph: Pass, received: Held, slot: int, *, covered: bool) -> Returned:
         """Raises `ProtocolError`: as `forward`, or stale if the weights have moved on too far since then."""
@@ -205,11 +210,15 @@ class StagePasses:
             raise ProtocolError(Reason.MALFORMED, "labels outside the vocabulary")
         return labels.view(shape).long()
 
-    def _tail(self, x: Tensor, labels: Tensor, slot: int, *, covered: bool) -> Returned:
+    def _tail(
+        self, x: Tensor, labels: Tensor, slot: int, *, covered: bool, receipt: SignedReceipt | None = None
+    ) -> Returned:
         version = self.trainer.version
         accumulate = not covered and self._counts(slot, version)
         try:
-            loss, gradient = self.trainer.loss_backward(x, labels, accumulate=accumulate)
+            loss, gradient = self.trainer.loss_backward(
+                x, labels, accumulate=accumulate, check=partial(self._check_loss, receipt)
+            )
         except ValueError as error:
             raise ProtocolError(Reason.NOT_FINITE, str(error)) from None
         if accumulate:
@@ -278,8 +287,20 @@ class StagePasses:
         began = thread_time()
         passes = guard.check(x, signed.receipt.sender)
         self.guard_seconds += thread_time() - began
-        if not passes and not self._is_odd_itself(signed.receipt):
-            raise ProtocolError(Reason.FLAGGED, str(signed.receipt.microbatch))
+        if not passes:
+            self._flag(signed.receipt)
+
+    def _check_loss(self, signed: SignedReceipt | None, loss: float) -> None:
+        """Raises `ProtocolError` (flagged)."""
+        if signed is None or self._loss_guard is None:
+            return
+        if not self._loss_guard.check(loss, signed.receipt.sender):
+            self._flag(signed.receipt)
+
+    def _flag(self, receipt: Receipt) -> None:
+        """Raises `ProtocolError` (flagged), unless the text seems to be what is odd."""
+        if not self._is_odd_itself(receipt):
+            raise ProtocolError(Reason.FLAGGED, str(receipt.microbatch))
 
     def _is_odd_itself(self, receipt: Receipt) -> bool:
         """Whether it seems to be the text that is odd: another sender's tensor of it was flagged here before, or it was

@@ -108,33 +108,36 @@ class StageProgress:
         return min(votes, key=lambda digest: (-votes[digest], digest)) if votes else None
 
 
-def open_slots(manifest: Manifest, version: int) -> range:
+def open_slots(manifest: Manifest, version: int, *, beyond: bool = False) -> range:
     """The slots that a head at `version` may inject.
 
     In the synchronous schedule those of its round. In the overlapped one also those of the next round, to keep long
-    links busy, and of late ones, where a slot that was lost may still be missing.
+    links busy, and of late ones, where a slot that was lost may still be missing. There, `beyond`, slots after the
+    run's last one stand in for those that were lost too long ago: rounds are counted in gradients.
     """
-    late, ahead = (0, 0) if manifest.schedule.kind == "synchronous" else (_SETTLED_ROUNDS - 1, 1)
     size, last = manifest.batch.microbatches, manifest.schedule.rounds - 1
-    return range(max(0, version - late) * size, (min(version + ahead, last) + 1) * size)
+    if manifest.schedule.kind == "synchronous":
+        return range(version * size, (version + 1) * size)
+    end = version + 1 if beyond else min(version + 1, last)
+    return range(max(0, version - _SETTLED_ROUNDS + 1) * size, (end + 1) * size)
 
 
 def next_slot(
-    heads: StageProgress, own: PeerId, version: int, taken: Collection[int], *, any_owner: bool = False
+    heads: StageProgress, own: PeerId, version: int, taken: Collection[int], *, is_idle: bool = False
 ) -> int | None:
     """The slot that head `own` should inject next, or None if there is none for it now.
 
     Live heads share the uncovered slots of the open rounds by rank, so a dead head's slots pass to the others.
-    `taken`: slots that `own` itself has in flight or done. `any_owner`: take others' shares too, for a head that
-    has waited long enough for a slower one; a slot that two inject is still averaged once.
+    `taken`: slots that `own` itself has in flight or done. `is_idle`: it has waited long enough for others; then it
+    takes their shares too, and slots beyond the run's end. A slot that two inject is still averaged once.
     """
     replicas = heads.replicas()
     ranks = sorted({*(peer for peer, progress in replicas.items() if is_injecting(progress)), own})
     others = {slot for peer, progress in replicas.items() if peer != own for slot in progress.in_flight}
     busy = heads.covered() | others | set(taken)
     rank, count = ranks.index(own), len(ranks)
-    for slot in open_slots(heads.manifest, version):
-        if (any_owner or slot % count == rank) and slot not in busy:
+    for slot in open_slots(heads.manifest, version, beyond=is_idle):
+        if (is_idle or slot % count == rank) and slot not in busy:
             return slot
     return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakSet
 
 import torch
@@ -110,10 +110,17 @@ class StageTrainer:
             taken.release()
             self._live.discard(taken)
 
-    def loss_backward(self, x: Tensor, labels: Tensor, *, accumulate: bool) -> tuple[float, Tensor | None]:
+    def loss_backward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        accumulate: bool,
+        check: Callable[[float], None] = lambda loss: None,
+    ) -> tuple[float, Tensor | None]:
         """Last stage: mean loss (nats per token) of int64 `labels` (B, T), and the gradient of the stage's input.
 
-        Raises `ValueError`, and accumulates nothing, if the loss is not finite.
+        Raises `ValueError`, and accumulates nothing, if the loss is not finite; and what `check` raises at the loss.
         """
         inputs = self._inputs(x)
         with self._autocast():
@@ -121,6 +128,7 @@ class StageTrainer:
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError("the loss is not finite")
+        check(value)
         return value, self._differentiate(loss, None, inputs, self._leaves, accumulate=accumulate)
 
     @property

@@ -41,7 +41,8 @@ class Opinion:
 
 @dataclass
 class Bench:
-    """Used from one thread at a time. `settings.recompute` is not used: who hosts this pays for hearings."""
+    """`screen`, `record` and `opinion` are called on one thread. Who hosts this pays for hearings, so that
+    `settings.recompute` is not used."""
 
     settings: Settings = field(default_factory=Settings)
 

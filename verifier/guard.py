@@ -9,7 +9,7 @@ of what it costs in torch.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, OrderedDict, deque
 
 import numpy as np
 import torch
@@ -26,6 +26,24 @@ _LATEST = 24
 _YOUNG = 64
 
 
+class _Latest:
+    """The latest tensors, by sender, and which of them were odd."""
+
+    def __init__(self) -> None:
+        self._latest: deque[tuple[Peer, bool]] = deque(maxlen=_LATEST)
+
+    def note(self, sender: Peer, is_odd: bool) -> bool:
+        """Whether most senders are odd by now: then it is not they who have changed."""
+        self._latest.append((sender, is_odd))
+        if not is_odd or len(self._latest) < _LATEST:
+            return False
+        sent, odd = Counter(one for one, _ in self._latest), Counter(one for one, was in self._latest if was)
+        if 2 * sum(2 * odd[peer] > sent[peer] for peer in sent) <= len(sent):
+            return False
+        self._latest.clear()
+        return True
+
+
 class Guard:
     """Of one receiver and one direction. `check` every tensor that arrives; what passes, it learns from.
 
@@ -38,7 +56,7 @@ class Guard:
         self._generator, self._limit = generator, limit
         self._mean = MeanTensor({Direction.ACTIVATION: 0.9, Direction.GRADIENT: 0.8}[direction] ** (1 / 8))
         self._centring = Centring(len(features.MARGINAL))
-        self._latest: deque[tuple[Peer, bool]] = deque(maxlen=_LATEST)
+        self._latest = _Latest()
         self._places: torch.Tensor | None = None
         self.checked = self.flagged = 0
 
@@ -54,7 +72,10 @@ class Guard:
             if not is_odd and (self.checked < _YOUNG or self.checked % 2):
                 self._mean.update(torch.from_numpy(seen.mean(0))[None])
                 self._centring.learn(values, residuals)
-        self._note(sender, is_odd)
+        self.checked += 1
+        self.flagged += is_odd
+        if self._latest.note(sender, is_odd):
+            self._centring.restart()
         return not is_odd
 
     def _look(self, tensor: Tensor) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
@@ -87,20 +108,48 @@ class Guard:
             ]
         )
 
-    def _note(self, sender: Peer, is_odd: bool) -> None:
-        self.checked += 1
-        self.flagged += is_odd
-        self._latest.append((sender, is_odd))
-        if not is_odd or len(self._latest) < _LATEST:
-            return
-        peers = {peer for peer, _ in self._latest}
-        # Of a peer: most of what it sent.
-        odd = {
-            peer
-            for peer in peers
-            if 2 * sum(was for one, was in self._latest if one == peer)
-            > sum(one == peer for one, _ in self._latest)
-        }
-        if 2 * len(odd) > len(peers):
-            self._latest.clear()
-            self._centring.restart()
+
+class LossGuard:
+    """Of a last stage: whether the loss that an activation led to may be learned from.
+
+    Whatever is done to an activation, harm to the model is loss: this sees what keeps the marginals as they are, such
+    as flipped signs or another microbatch's activation. One microbatch's loss says little, since texts differ; so for
+    each sender the standardised losses are summed up, less an allowance (Page's CUSUM, 1954), and what it sends is
+    flagged while the sum is above `limit`, in robust standard deviations. That names nobody, as the corruption may be
+    older than the sender: verifiers look at what is flagged. If most senders are odd all starts anew, as for `Guard`.
+    """
+
+    _allowance = 1.0
+    _enough = 8
+    # The loss falls as training goes on: what it was long ago says little.
+    _remembered = 24
+    _finest = 0.02
+    _most_senders = 256
+
+    def __init__(self, limit: float = 6.0) -> None:
+        self._limit = limit
+        self._usual: deque[float] = deque(maxlen=self._remembered)
+        self._sums: OrderedDict[Peer, float] = OrderedDict()
+        self._latest = _Latest()
+
+    def check(self, loss: float, sender: Peer) -> bool:
+        """Whether a microbatch's mean loss, in nats a token and finite, may be learned from."""
+        if len(self._usual) < self._enough:
+            self._usual.append(loss)
+            return True
+        usual = np.array(self._usual)
+        centre = float(np.median(usual))
+        scale = max(1.4826 * float(np.median(np.abs(usual - centre))), self._finest * centre)
+        beyond = (loss - centre) / scale - self._allowance
+        # Bounded, so that a sender that mends is believed again soon.
+        total = min(max(0.0, self._sums.pop(sender, 0.0) + beyond), 2 * self._limit)
+        self._sums[sender] = total
+        if len(self._sums) > self._most_senders:
+            self._sums.popitem(last=False)
+        is_odd = total > self._limit
+        if not is_odd:
+            self._usual.append(loss)
+        if self._latest.note(sender, is_odd):
+            self._usual.clear()
+            self._sums.clear()
+        return not is_odd

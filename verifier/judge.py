@@ -22,7 +22,7 @@ from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
 from protocol.manifest import Manifest
 from protocol.votes import Cause
-from verifier.bench import Bench, streams_of
+from verifier.bench import Bench, Opinion, streams_of
 from verifier.exhibits import Exhibit, Question, Work, works_of
 from verifier.inquirer import ANSWER_WITHIN, Inquirer
 from verifier.sampling import Allowance, Journey, Traffic
@@ -98,6 +98,8 @@ class Judge:
         self._held_lost: dict[PeerId, float] = {}
         self._stalled_until, self._pulse = 0.0, monotonic()
         self.counts: Counter[str] = Counter()
+        self.news = asyncio.Event()
+        """Set when opinions may have changed."""
 
     @property
     def _panel_size(self) -> int:
@@ -129,19 +131,26 @@ class Judge:
 
     # --- drawing ---
 
+    async def opinions(self, peers: Collection[PeerId]) -> dict[PeerId, Opinion]:
+        return await self._in_thread(self._opinions, tuple(peers), monotonic())
+
+    def _opinions(self, peers: Sequence[PeerId], now: float) -> dict[PeerId, Opinion]:
+        return {peer: self.bench.opinion(peer, now) for peer in peers}
+
     async def sit(self, accused: Collection[PeerId], known: Collection[PeerId]) -> set[PeerId]:
         """At most one panel: an alarm's first, then one for the accused, then a routine one. Who was looked at.
 
         `known` are all nodes: the newest among them come first in a routine panel.
         """
-        panel = self._draw(accused, known)
+        opinions = await self.opinions(known)
+        panel = self._draw(accused, {peer for peer, one in opinions.items() if one.samples < _FEW})
         if not panel:
             return set()
         self._round += 1
         self.counts["sampled"] += len(panel)
         return await self._examine(panel, accused)
 
-    def _draw(self, accused: Collection[PeerId], known: Collection[PeerId]) -> list[Journey]:
+    def _draw(self, accused: Collection[PeerId], new: Collection[PeerId]) -> list[Journey]:
         now, size = monotonic(), self._panel_size
         draw = partial(self.traffic.draw, self._generator, now, most=size)
         alarms = self.traffic.alarms(now)
@@ -154,9 +163,7 @@ class Judge:
             panel = draw(wanted=accused)
             self._alarms.pay(len(panel))
         elif self._routine.can_pay(size):
-            panel = draw(
-                wanted={peer for peer in known if self.bench.opinion(peer, monotonic()).samples < _FEW}
-            )
+            panel = draw(wanted=new)
             self._routine.pay(len(panel))
         else:
             panel = []
@@ -172,11 +179,13 @@ class Judge:
             replicas = self._replicas(stage)
             screening = await self._in_thread(self.bench.screen, group, self._round, len(replicas))
             places = self.bench.worth_hearing(screening, group, suspects)
-            findings: dict[int, Finding] = {}
-            for place in (*places, *self._routine_hearing(group, places)):
-                if (finding := await self._hear(group[place], replicas)) is not None:
-                    findings[place] = finding
+            places += self._routine_hearing(group, places)
+            heard = await asyncio.gather(*(self._hear(group[place], replicas) for place in places))
+            findings = {
+                place: finding for place, finding in zip(places, heard, strict=True) if finding is not None
+            }
             await self._in_thread(self.bench.record, screening, group, findings, monotonic())
+            self.news.set()
         return {work.peer for work in works}
 
     async def _look_at(self, journey: Journey) -> list[Work]:
@@ -207,6 +216,7 @@ class Judge:
         for exposure in exposures:
             log.info("exposed", peer=exposure.peer, stage=exposure.stage, problem=exposure.problem)
             self.bench.conduct.fail(exposure.peer, exposure.problem, Cause.RECEIPTS)
+            self.news.set()
         for work in works:
             self.bench.conduct.please(work.peer)
         return works
@@ -243,6 +253,7 @@ class Judge:
         log.info("not shown", peer=peer, problem=problem, reason=error.reason.value)
         cause = Cause.RECEIPTS if error.reason in _ITS_OWN_DOING else Cause.WITHHELD
         self.bench.conduct.fail(peer, f"{problem} ({error.reason.value})", cause)
+        self.news.set()
 
     # --- hearings ---
 
@@ -252,8 +263,9 @@ class Judge:
         worst = price * max(FEWEST_WITNESSES, len(witnesses) // 2 + 1)
         if not witnesses or not self._hearings.can_pay(worst):
             return None
+        self._hearings.pay(worst)
         finding = await hear(work, witnesses, self._inquirer.redo, self._generator)
-        self._hearings.pay(finding.asked * price)
+        self._hearings.earn(worst - finding.asked * price)
         self.counts["hearings"] += 1
         if finding.guilty:
             log.warning(

@@ -22,6 +22,8 @@ SPEAK_WITHIN = 5.0
 """Seconds within which everybody on a microbatch's way must have said what it did."""
 FRESH = 12.0
 """Seconds after a microbatch was first heard of during which it may be drawn: its tensors are held a little longer."""
+_HALF = 3.0
+"""Seconds in which a microbatch's weight in the draw halves: any may be drawn, and an attack is best seen soon."""
 
 Path = Mapping[StageIndex, PeerId]
 
@@ -95,8 +97,9 @@ class Traffic:
         Peers in `wanted` come first, and twice.
         """
         candidates = [one for one in self._fresh(now) if self._is_ready(one, now)]
-        generator.shuffle(candidates)
-        candidates.sort(key=lambda one: -sum(peer in wanted for peer in one.path.values()))
+        # A weighted draw without replacement (Efraimidis and Spirakis, 2006).
+        lot = {id(one): generator.expovariate(2 ** (-(now - one.heard) / _HALF)) for one in candidates}
+        candidates.sort(key=lambda one: (-sum(peer in wanted for peer in one.path.values()), lot[id(one)]))
         panel = [start] if start is not None else []
         covered = {peer for one in panel for peer in one.path.values()}
         doubled: set[PeerId] = set()

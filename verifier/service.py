@@ -16,7 +16,7 @@ import structlog
 
 from protocol import wire
 from protocol.ballots import Ballots
-from protocol.directory import Directory, StageRecord
+from protocol.directory import Directory
 from protocol.errors import ProtocolError, UserError
 from protocol.host import DEFAULT_LISTEN, Host
 from protocol.identity import Identity, PeerId
@@ -25,7 +25,7 @@ from protocol.invite import Invite
 from protocol.links import Link, Switchboard
 from protocol.manifest import SignedManifest
 from protocol.samples import Effort, effort_topic
-from protocol.tasks import TaskSet
+from protocol.tasks import TaskSet, wait_for
 from protocol.vote_set import VoteSet
 from verifier.inquirer import Inquirer
 from verifier.judge import Judge
@@ -36,10 +36,12 @@ log = structlog.get_logger("verifier")
 
 LISTEN_EVERY, LISTEN_CLOSELY = 2.0, 0.5
 """Seconds between two questions to every node; closely, as long as somebody is accused."""
-MEET_EVERY, MEET_AT_FIRST, FIRST = 6.0, 2.0, 30.0
-"""Seconds between two looks into the directory; at first, for the first `FIRST` seconds."""
+MEET_EVERY, MEET_SOON = 20.0, 2.0
+"""Seconds between two looks into the directory; soon, as long as there are nodes that we should know and do not."""
 SIT_EVERY = 0.5
-EFFORT_EVERY = 3.0
+SPEAK_EVERY = 1.0
+"""Seconds between two reviews of our votes, though nothing is new: some go by the clock."""
+EFFORT_EVERY = 5.0
 REPORT_EVERY = 5.0
 
 
@@ -56,6 +58,7 @@ class _Node:
 
     stage: StageIndex
     met: float
+    addresses: Sequence[str] = ()
     throughput: float = 0.0
     cursor: int = 0
     lost_at: float | None = None
@@ -71,7 +74,10 @@ class Verifier:
         self._tasks: TaskSet | None = None
         self._host: Host | None = None
         self._nodes: dict[PeerId, _Node] = {}
-        self._began = self._met_at = self._listened_at = 0.0
+        self._dialling: set[PeerId] = set()
+        self._strangers: set[PeerId] = set()
+        """Named by nodes as their neighbours, and not known to us; as of the last listening."""
+        self._met_at, self._listened_at = -MEET_EVERY, 0.0
 
     # --- joining ---
 
@@ -89,18 +95,19 @@ class Verifier:
                 "Give the key that `init` wrote with --identity, or ask the operator to name this peer",
             )
         self._stages = signed.manifest.stages.count
+        self._expected = self._stages * signed.manifest.schedule.min_replicas
         self._directory = await Directory.join(host, signed.run, self._stages)
         await self._open(host, signed)
         tasks.spawn(self._ballots.run())
         self._inquirer = Inquirer(self._switchboard, signed.manifest)
         self.judge = Judge(signed.run, signed.manifest, self._inquirer, self._replicas, self.votes.is_banned)
-        self._spokesman = Spokesman(self._identity, electorate, host, self._ballots, self.judge.bench)
+        self._spokesman = Spokesman(self._identity, electorate, host, self._ballots)
         self._spokesman.remember()
         tasks.spawn(self.judge.watch_ourselves())
-        self._began = monotonic()
-        tasks.every(MEET_AT_FIRST, self._meet)
+        tasks.every(MEET_SOON, self._meet)
         tasks.every(LISTEN_CLOSELY, self._listen)
         tasks.every(SIT_EVERY, self._sit)
+        tasks.every(0.0, self._speak)
         tasks.every(EFFORT_EVERY, self._tell_effort)
         tasks.every(REPORT_EVERY, self._report)
         log.info("verifying", peer=self.peer_id, quorum=electorate.quorum, of=len(electorate.verifiers))
@@ -141,29 +148,40 @@ class Verifier:
 
     async def _meet(self) -> None:
         """Keep a link to every node, and remember who is out of reach since when."""
+        is_complete = len(self._nodes) >= self._expected and not self._strangers
+        if not is_complete or monotonic() - self._met_at >= MEET_EVERY:
+            await self._look_up()
         links, now = self._links, monotonic()
-        if now - self._began > FIRST and now - self._met_at < MEET_EVERY:
-            return
-        self._met_at = now
+        for peer, node in self._nodes.items():
+            if peer in links:
+                node.lost_at = None
+            elif not self.votes.is_banned(peer):
+                node.lost_at, node.cursor = node.lost_at or now, 0
+                self._dial(peer, node.addresses)
+
+    async def _look_up(self) -> None:
         found = await asyncio.gather(*(self._directory.peers(stage) for stage in range(self._stages)))
         records = {peer: record for stage in found for peer, record in stage.items()}
+        self._met_at = now = monotonic()
+        self._strangers.clear()
+        links = self._links
         for peer in [peer for peer in self._nodes if peer not in records and peer not in links]:
             del self._nodes[peer]
         for peer, record in records.items():
-            if self.votes.is_banned(peer):
-                continue
-            node = self._nodes.setdefault(peer, _Node(record.stage, now))
-            node.throughput = record.throughput
-            if peer in links:
-                node.lost_at = None
-            else:
-                node.lost_at, node.cursor = node.lost_at or now, 0
-                assert self._tasks is not None
-                self._tasks.spawn(self._connect(peer, record))
+            if not self.votes.is_banned(peer):
+                node = self._nodes.setdefault(peer, _Node(record.stage, now))
+                node.throughput, node.addresses = record.throughput, record.addresses
 
-    async def _connect(self, peer: PeerId, record: StageRecord) -> None:
+    def _dial(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """One attempt at a time: who hangs takes as long as it may."""
+        if peer not in self._dialling and self._tasks is not None:
+            self._dialling.add(peer)
+            self._tasks.spawn(self._connect(peer, addresses))
+
+    async def _connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         with suppress(ProtocolError):
-            await self._switchboard.connect(peer, record.addresses)
+            await self._switchboard.connect(peer, addresses)
+        self._dialling.discard(peer)
 
     async def _listen(self) -> None:
         if monotonic() - self._listened_at < LISTEN_EVERY and not self._spokesman.accused():
@@ -188,17 +206,26 @@ class Verifier:
         node.cursor = listed.serial
         for passage in listed.passages:
             self.judge.traffic.note(peer, link.stage, passage, monotonic())
+        named = {
+            PeerId(one) for passage in listed.passages for one in (passage.previous, passage.next) if one
+        }
+        self._strangers |= {one for one in named - self._nodes.keys() if not self.votes.is_banned(one)}
 
     # --- judging and speaking ---
 
     async def _sit(self) -> None:
         self.votes.advance(time())
+        await self.judge.sit(self._spokesman.accused(), self._known)
+
+    async def _speak(self) -> None:
+        """Vote as soon as there is something new to say: a panel may take seconds to the end."""
+        await wait_for(self.judge.news, SPEAK_EVERY)
         known = self._known
-        await self.judge.sit(self._spokesman.accused(), known)
-        await self._spokesman.review(known, known)
+        await self._spokesman.review(await self.judge.opinions(known.keys() | self._spokesman.sworn), known)
 
     async def _report(self) -> None:
-        await self._spokesman.report(self._known)
+        known = self._known
+        await self._spokesman.report(await self.judge.opinions(known), known)
 
     async def _tell_effort(self) -> None:
         assert self._host is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import monotonic, time
 
@@ -14,7 +14,7 @@ from protocol.host import Host
 from protocol.identity import Identity, PeerId
 from protocol.reputation import MAX_ACCOUNTS, Account, Reputation, SignedReputation, reputation_topic
 from protocol.votes import Electorate, Verdict
-from verifier.bench import Bench, Opinion
+from verifier.bench import Opinion
 from verifier.streams import Direction, StageIndex
 
 log = structlog.get_logger("verifier")
@@ -44,11 +44,9 @@ class _Cast:
 class Spokesman:
     """Of one verifier, in its name."""
 
-    def __init__(
-        self, identity: Identity, electorate: Electorate, host: Host, ballots: Ballots, bench: Bench
-    ) -> None:
+    def __init__(self, identity: Identity, electorate: Electorate, host: Host, ballots: Ballots) -> None:
         self._identity, self._electorate = identity, electorate
-        self._host, self._ballots, self._bench = host, ballots, bench
+        self._host, self._ballots = host, ballots
         self._casts: dict[PeerId, _Cast] = {}
 
     def remember(self) -> None:
@@ -73,10 +71,14 @@ class Spokesman:
         last = self._casts.get(peer)
         return last.verdict if last is not None else Verdict.OK
 
-    async def review(self, peers: Collection[PeerId], known: Mapping[PeerId, Known]) -> None:
+    @property
+    def sworn(self) -> set[PeerId]:
+        """Of whom we have sworn something."""
+        return set(self._casts)
+
+    async def review(self, opinions: Mapping[PeerId, Opinion], known: Mapping[PeerId, Known]) -> None:
         """Vote on those of whom we think otherwise than we said, or of whom what we said expires."""
-        for peer in {*peers, *self._casts}:
-            opinion = self._bench.opinion(peer, monotonic())
+        for peer, opinion in opinions.items():
             if self._is_due(peer, opinion):
                 await self._cast(peer, opinion, known)
 
@@ -110,26 +112,26 @@ class Spokesman:
         log.info("voted", subject=peer, verdict=opinion.verdict.value, text=opinion.text)
         await self._ballots.publish(signed)
 
-    async def report(self, known: Mapping[PeerId, Known]) -> None:
+    async def report(self, opinions: Mapping[PeerId, Opinion], known: Mapping[PeerId, Known]) -> None:
         """Our account of every node, signed, for everyone."""
-        accounts = [self._account(peer, one) for peer, one in sorted(known.items())]
+        accounts = [_account(peer, opinions[peer], one) for peer, one in sorted(known.items())]
         for at in range(0, len(accounts), MAX_ACCOUNTS):
             some = tuple(accounts[at : at + MAX_ACCOUNTS])
             report = Reputation(self._electorate.run, self._identity.peer_id, int(time()), some)
             signed = SignedReputation.sign(report, self._identity)
             await self._host.publish(reputation_topic(self._electorate.run), wire.encode(signed))
 
-    def _account(self, peer: PeerId, known: Known) -> Account:
-        opinion = self._bench.opinion(peer, monotonic())
-        return Account(
-            peer=peer,
-            stage=known.stage,
-            verdict=opinion.verdict,
-            samples=opinion.samples,
-            activation_flags=opinion.flags.get(Direction.ACTIVATION, 0),
-            gradient_flags=opinion.flags.get(Direction.GRADIENT, 0),
-            log_evidence=opinion.log_evidence,
-            throughput=known.throughput,
-            uptime=known.uptime,
-            words=opinion.words,
-        )
+
+def _account(peer: PeerId, opinion: Opinion, known: Known) -> Account:
+    return Account(
+        peer=peer,
+        stage=known.stage,
+        verdict=opinion.verdict,
+        samples=opinion.samples,
+        activation_flags=opinion.flags.get(Direction.ACTIVATION, 0),
+        gradient_flags=opinion.flags.get(Direction.GRADIENT, 0),
+        log_evidence=opinion.log_evidence,
+        throughput=known.throughput,
+        uptime=known.uptime,
+        words=opinion.words,
+    )

@@ -203,3 +203,13 @@ def test_the_number_of_replicas_is_bounded() -> None:
     assert len(progress.members(0)) == MAX_ROSTER
     progress.hear(PeerId("peer 0"), report(1), 0.0)
     assert len(progress.members(0)) == MAX_ROSTER - 1
+
+
+def test_an_idle_head_of_the_last_round_makes_up_for_slots_that_were_lost() -> None:
+    """Rounds are counted in gradients: with one slot lost for good the last round would never be full."""
+    manifest = small_manifest(kind="overlapped")
+    last = manifest.schedule.rounds - 1
+    heads = StageProgress(manifest)
+    heads.hear(A, report(last, slots=range((last - 2) * M, (last + 1) * M)), 0.0)
+    assert next_slot(heads, A, last, set()) is None
+    assert next_slot(heads, A, last, set(), is_idle=True) == (last + 1) * M

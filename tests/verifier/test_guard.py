@@ -9,7 +9,7 @@ from torch import Tensor
 
 from verifier import attacks, features
 from verifier.attacks import View
-from verifier.guard import Guard
+from verifier.guard import Guard, LossGuard
 from verifier.streams import Direction
 
 SHAPE = (4, 64, 32)
@@ -80,3 +80,44 @@ def test_receivers_look_at_different_places() -> None:
     places = [taught(1, seed)[0]._places for seed in range(5)]
     assert all(place is not None for place in places)
     assert len({tuple(place.tolist()) for place in places if place is not None}) == 5
+
+
+def losses(generator: np.random.Generator, step: int) -> float:
+    """Of microbatches of a run that learns."""
+    return 3.0 + 3.0 * 0.98**step + 0.2 * float(generator.standard_normal())
+
+
+def test_losses_of_an_honest_run_pass() -> None:
+    for seed in range(5):
+        generator, guard = np.random.default_rng(seed), LossGuard()
+        passed = [guard.check(losses(generator, step), f"peer{step % 3}") for step in range(600)]
+        assert np.mean(passed) >= 0.995
+
+
+def test_the_sender_whose_activations_cost_loss_is_flagged_soon_and_nobody_else() -> None:
+    generator, guard = np.random.default_rng(0), LossGuard()
+    flagged: dict[str, list[int]] = {"peer0": [], "peer1": [], "peer2": []}
+    for step in range(300):
+        sender = f"peer{step % 3}"
+        is_bad = sender == "peer0" and 150 <= step < 240
+        if not guard.check(losses(generator, step) + 0.7 * is_bad, sender):
+            flagged[sender].append(step)
+    assert not flagged["peer1"] and not flagged["peer2"]
+    assert 150 <= flagged["peer0"][0] <= 168, "within six of its microbatches"
+    assert len([step for step in flagged["peer0"] if step < 240]) >= 20
+    assert flagged["peer0"][-1] < 290, "believed again once it has mended"
+
+
+def test_losses_that_rise_for_everybody_do_not_end_the_run() -> None:
+    generator, guard = np.random.default_rng(0), LossGuard()
+    for step in range(200):
+        guard.check(losses(generator, step), f"peer{step % 3}")
+    passed = [guard.check(losses(generator, 200) + 2.0, f"peer{step % 3}") for step in range(200)]
+    assert all(passed[80:])
+
+
+def test_it_remembers_a_bounded_number_of_senders() -> None:
+    guard = LossGuard()
+    for step in range(2000):
+        guard.check(3.0 + step % 7 / 10, f"peer{step}")
+    assert len(guard._sums) <= 256
