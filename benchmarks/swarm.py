@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -186,6 +187,17 @@ def with_verifiers(manifest: Manifest, folder: Path, count: int, quorum: int, **
     return manifest.model_copy(update={"verification": section})
 
 
+def _clear(folder: Path) -> None:
+    """An earlier swarm in the same folder has left its invite, its states and its votes. Keys may stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("*.out", "*.log", "*.votes"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for path in folder.glob("node*-stage*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
 @asynccontextmanager
 async def local_swarm(
     manifest: Manifest, folder: Path, *, threads: int = 1, link_delay: float = 0.0
@@ -198,7 +210,7 @@ async def local_swarm(
     context.set_forkserver_preload(
         [_entry_point().module, "node.volunteer", "bootstrap.seed", "verifier.service", modelling]
     )
-    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    await asyncio.to_thread(_clear, folder)
     signed = SignedManifest.sign(manifest, Identity.load_or_create(folder / "operator.key"))
     swarm = LocalSwarm(folder, signed, threads=threads, link_delay=link_delay, _context=context)
     try:

@@ -148,8 +148,9 @@ class Directory:
         self._expiry = 0.0
 
     @classmethod
-    async def join(cls, host: Host, run: bytes, stages: int) -> Directory:
-        node = await host.join_dht(RecordValidator(run, stages))
+    async def join(cls, host: Host, run: bytes, stages: int, *, reader: bool = False) -> Directory:
+        """A `reader` only looks things up: it keeps no share of the DHT."""
+        node = await host.join_dht(RecordValidator(run, stages), client=reader)
         node.protocol.storage = _BoundedStorage()
         return cls(node, run)
 

@@ -122,8 +122,9 @@ class Host:
             raise
         return cls(p2p, seeds)
 
-    async def join_dht(self, validator: RecordValidatorBase) -> DHTNode:
-        """Our node of the run's DHT, which stores and believes what `validator` lets pass."""
+    async def join_dht(self, validator: RecordValidatorBase, *, client: bool = False) -> DHTNode:
+        """Our node of the run's DHT, which stores and believes what `validator` lets pass; a `client` stores nothing
+        and answers nobody."""
         self._dht = await DHTNode.create(
             p2p=self.p2p,
             initial_peers=list(self._seeds),
@@ -132,6 +133,7 @@ class Host:
             cache_on_store=False,
             record_validator=validator,
             ensure_bootstrap_success=False,
+            client_mode=client,
         )
         return self._dht
 

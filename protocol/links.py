@@ -426,7 +426,10 @@ class Switchboard:
             self._close(link, abort=True)
 
     async def _watch(self) -> None:
-        """Heartbeats: ping every stream, abort the silent ones, and open more where the round trip is long."""
+        """Heartbeats: ping every stream, abort the silent ones, and open more where the round trip is long.
+
+        Who dialled pings, and both hear each other by it; the other side does so only where it hears nothing.
+        """
         last = monotonic()
         while True:
             await asyncio.sleep(HEARTBEAT)
@@ -440,7 +443,7 @@ class Switchboard:
                     elif now - stream.last_heard > DEAD_AFTER:
                         self.refusals.count(link.peer, ProtocolError(Reason.TIMED_OUT, "no heartbeat"))
                         stream.abort()
-                    elif stream.greeted:
+                    elif stream.greeted and (link.dialled or now - stream.last_heard > 2 * HEARTBEAT):
                         stream.ping()
                 if link.dialled and (link.round_trip or 0.0) > LONG_ROUND_TRIP:
                     self._tasks.spawn(self._widen(link))

@@ -22,8 +22,8 @@ from verifier.streams import Direction, Floats, Peer
 _ELEMENTS = 4096
 _FEWEST_PLACES = 4
 _LATEST = 24
-# While it is young it learns from every tensor, then from every second: learning costs as much as looking.
-_YOUNG = 64
+# While it is young it learns from every tensor, then from every fourth: learning costs as much as looking.
+_YOUNG, _LEARNS_EVERY = 64, 4
 
 
 class _Latest:
@@ -69,7 +69,7 @@ class Guard:
         if not is_odd:
             residuals = self._centring.residuals(values, 0, None)
             is_odd = math.sqrt(float(np.square(residuals).mean())) > self._limit
-            if not is_odd and (self.checked < _YOUNG or self.checked % 2):
+            if not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0):
                 self._mean.update(torch.from_numpy(seen.mean(0))[None])
                 self._centring.learn(values, residuals)
         self.checked += 1
@@ -93,18 +93,18 @@ class Guard:
     def _distances(self, seen: np.ndarray[tuple[int, int, int], np.dtype[np.float32]]) -> Floats:
         """(4,) as `features.marginal_distances`."""
         mean = seen.mean(0) if self._mean.value is None else self._mean.value.numpy()
-        away = seen - mean
-        size = float(np.sqrt(np.square(mean).mean())) + 1e-20
-        flips = (1 - float(np.sign(seen * mean).mean())) / 2
+        away = (seen - mean).ravel()
+        size = math.sqrt(float(np.vdot(mean, mean)) / mean.size) + 1e-20
+        flips = (1 - float(np.sign(seen * mean).sum()) / seen.size) / 2
         directions = features.projections(seen.shape[-1]).numpy()
         own = np.sort((seen.reshape(-1, seen.shape[-1]) @ directions).T, axis=1)
         usual = np.sort((mean @ directions).T, axis=1).repeat(len(seen), axis=1)
         return np.array(
             [
-                float(np.abs(away).mean()),
-                float(np.sqrt(np.square(away).mean())) / size,
+                float(np.abs(away).sum()) / away.size,
+                math.sqrt(float(np.vdot(away, away)) / away.size) / size,
                 flips,
-                float(np.abs(own - usual).mean()),
+                float(np.abs(own - usual).sum()) / own.size,
             ]
         )
 

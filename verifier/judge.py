@@ -142,8 +142,10 @@ class Judge:
 
         `known` are all nodes: the newest among them come first in a routine panel.
         """
-        opinions = await self.opinions(known)
-        panel = self._draw(accused, {peer for peer, one in opinions.items() if one.samples < _FEW})
+        new: set[PeerId] = set()
+        if self._routine.can_pay(self._panel_size):
+            new = {peer for peer, one in (await self.opinions(known)).items() if one.samples < _FEW}
+        panel = self._draw(accused, new)
         if not panel:
             return set()
         self._round += 1

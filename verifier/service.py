@@ -96,7 +96,7 @@ class Verifier:
             )
         self._stages = signed.manifest.stages.count
         self._expected = self._stages * signed.manifest.schedule.min_replicas
-        self._directory = await Directory.join(host, signed.run, self._stages)
+        self._directory = await Directory.join(host, signed.run, self._stages, reader=True)
         await self._open(host, signed)
         tasks.spawn(self._ballots.run())
         self._inquirer = Inquirer(self._switchboard, signed.manifest)
