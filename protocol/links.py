@@ -7,6 +7,7 @@ out for a while who breaks the protocol. What tensors mean is its owner's busine
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import socket
 from collections import OrderedDict
@@ -40,6 +41,7 @@ from protocol.votes import Verdict
 log = structlog.get_logger("links")
 
 HEARTBEAT = 1.0
+_TIMED_EVERY = 5
 DEAD_AFTER = 6.0
 """Seconds without a byte after which a stream's other end counts as dead or hung."""
 DIAL_TIMEOUT = 8.0
@@ -426,13 +428,15 @@ class Switchboard:
             self._close(link, abort=True)
 
     async def _watch(self) -> None:
-        """Heartbeats: ping every stream, abort the silent ones, and open more where the round trip is long.
+        """Heartbeats: ping quiet streams, abort the silent ones, and open more where the round trip is long.
 
-        Who dialled pings, and both hear each other by it; the other side does so only where it hears nothing.
+        Who dialled pings, and both hear each other by it; the other side does so only where it hears nothing. A busy
+        stream needs a ping only to tell its round trip.
         """
         last = monotonic()
-        while True:
+        for beat in itertools.count():
             await asyncio.sleep(HEARTBEAT)
+            is_timed = beat % _TIMED_EVERY == 0
             now = monotonic()
             # Where we ourselves were stopped, silence says nothing about the others.
             stopped, last = now - last > DEAD_AFTER / 2, now
@@ -443,7 +447,7 @@ class Switchboard:
                     elif now - stream.last_heard > DEAD_AFTER:
                         self.refusals.count(link.peer, ProtocolError(Reason.TIMED_OUT, "no heartbeat"))
                         stream.abort()
-                    elif stream.greeted and (link.dialled or now - stream.last_heard > 2 * HEARTBEAT):
+                    elif stream.greeted and _is_ping_due(link, now - stream.last_heard, is_timed):
                         stream.ping()
                 if link.dialled and (link.round_trip or 0.0) > LONG_ROUND_TRIP:
                     self._tasks.spawn(self._widen(link))
@@ -455,3 +459,9 @@ class Switchboard:
                 await self._open_stream(link.peer)
             except ProtocolError:
                 return
+
+
+def _is_ping_due(link: Link, silent: float, is_timed: bool) -> bool:
+    if link.dialled:
+        return is_timed or silent > HEARTBEAT / 2
+    return silent > 2 * HEARTBEAT

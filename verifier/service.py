@@ -39,7 +39,7 @@ LISTEN_EVERY, LISTEN_CLOSELY = 2.0, 0.5
 MEET_EVERY, MEET_SOON = 20.0, 2.0
 """Seconds between two looks into the directory; soon, as long as there are nodes that we should know and do not."""
 SIT_EVERY = 0.5
-SPEAK_EVERY = 1.0
+SPEAK_EVERY = 5.0
 """Seconds between two reviews of our votes, though nothing is new: some go by the clock."""
 EFFORT_EVERY = 5.0
 REPORT_EVERY = 5.0
