@@ -275,7 +275,7 @@ class Switchboard:
             # Closed with unread bytes in it, the stream would be reset before the farewell is read.
             endpoint.shutdown(socket.SHUT_WR)
             await asyncio.sleep(self._delay + _PARTING)
-            await self.host.disconnect(peer)
+            await self._disconnect(peer)
         finally:
             self._parting.discard(peer)
 
@@ -290,7 +290,7 @@ class Switchboard:
             self._max_tensor,
             lambda stream, message, payload: self._on_frame(link, stream, message, payload),
             lambda stream: self._on_stream_closed(link, stream),
-            lambda stream, error: self.reject(peer, error),
+            lambda stream, error: self._on_violation(link, error),
             self._delay,
         )
         link.streams.append(stream)
@@ -299,9 +299,18 @@ class Switchboard:
         except ProtocolError:
             self._on_stream_closed(link, stream)
             raise
+        if link.closed:
+            # While the stream was on its way. Nobody listens on it, so that its hello would be missed.
+            stream.abort()
+            raise ProtocolError(Reason.UNREACHABLE, f"the link to {peer} was closed")
         return link
 
     # --- reading ---
+
+    def _on_violation(self, link: Link, error: ProtocolError) -> None:
+        """What comes after we have closed the link was not heard in full, and says nothing about the peer."""
+        if not link.closed:
+            self.reject(link.peer, error)
 
     def _on_frame(self, link: Link, stream: Stream, message: wire.Message, payload: memoryview) -> None:
         if link.closed:
@@ -412,10 +421,15 @@ class Switchboard:
         try:
             if link is not None:
                 await asyncio.sleep(self._delay + _PARTING)
-            await self.host.disconnect(peer)
+            await self._disconnect(peer)
         finally:
             if link is not None:
                 link.close(abort=True)
+
+    async def _disconnect(self, peer: PeerId) -> None:
+        """Unless it has been voted down meanwhile: the connection may be in use again."""
+        if self._votes is not None and self._votes.is_banned(peer):
+            await self.host.disconnect(peer)
 
     def reject(self, peer: PeerId, error: ProtocolError) -> None:
         """The peer misbehaved: count it, close the link and shut it out for a while."""

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.swarm import EXIT_BANNED as BANNED
 from benchmarks.swarm import LocalSwarm, Process, local_swarm, until, watching, with_verifiers
 from node.observer import Observer
+from protocol.errors import BannedError
 from protocol.manifest import Manifest
 from protocol.votes import Verdict
 from tests.swarms import small_manifest
 
 STAGES, REPLICAS, VERIFIERS, QUORUM = 3, 3, 3, 2
 START = 4
+BANNED = BannedError.exit_code
 
 
 def defended(folder: Path) -> Manifest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -15,9 +16,9 @@ from structlog.testing import capture_logs
 from protocol import links, streams, wire
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
-from protocol.identity import PeerId
+from protocol.identity import Identity, PeerId
 from protocol.links import Answer, Link, Switchboard
-from protocol.messages import MAX_CHUNK, Reply, Request
+from protocol.messages import MAX_CHUNK, Ping, Reply, Request, frame_of
 from protocol.requests import Nothing
 from protocol.vote_set import VoteSet
 from protocol.votes import Cause, Electorate, Verdict
@@ -324,3 +325,25 @@ async def until(is_done: Callable[[], bool]) -> None:
     async with asyncio.timeout(15.0):
         while not is_done():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def test_a_stream_that_comes_while_its_link_closes_is_no_offence(pair: Pair) -> None:
+    """Its hello is not heard, and what follows must not count as sent by one who has not greeted."""
+    answering, _, _ = pair
+    stranger = Identity.generate().peer_id
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    adopting = asyncio.create_task(answering._adopt(stranger, ours))
+    await asyncio.sleep(0)
+    answering.links[stranger].close()
+    await asyncio.get_running_loop().sock_sendall(theirs, frame_of(Ping(1)))
+    with pytest.raises(ProtocolError) as caught:
+        await adopting
+    assert caught.value.reason is Reason.UNREACHABLE
+    loop = asyncio.get_running_loop()
+    with suppress(ConnectionResetError):
+        async with asyncio.timeout(10):
+            while await loop.sock_recv(theirs, 4096):
+                pass
+    theirs.close()
+    assert stranger not in answering._penalties and not answering.refusals.counts[Reason.MALFORMED]
