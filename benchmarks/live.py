@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.demo import Threat, run_demo
 from benchmarks.figures import machine
+from benchmarks.throughput import speed_manifest
 from node.presets import build_manifest
 from protocol.manifest import Manifest
 
@@ -62,11 +63,24 @@ def tiny(seed: int, rounds: int) -> Manifest:
 
 
 async def run(seed: int, rounds: int, kind: str, threat: Threat) -> Row:
-    with tempfile.TemporaryDirectory(prefix="sentinel-live-") as folder:
-        result = await run_demo(tiny(seed, rounds), Path(folder), replicas=REPLICAS, threat=threat)
-    row = Row(seed, kind, threat, result)
+    row = await _run(tiny(seed, rounds), REPLICAS, seed, kind, threat)
     _console.print(_line(row), highlight=False)
     return row
+
+
+async def measure_wide(rounds: int) -> list[Row]:
+    """Width 512, one replica a stage, since more would wait for the same processors: what verification costs there."""
+    manifest = speed_manifest(wire="fp32", rounds=rounds, microbatches=8)
+    return [
+        await _run(manifest, 1, 0, kind, threat)
+        for kind, threat in (("verified", GUARDED), ("unverified", Threat()), ("verified again", GUARDED))
+    ]
+
+
+async def _run(manifest: Manifest, replicas: int, seed: int, kind: str, threat: Threat) -> Row:
+    with tempfile.TemporaryDirectory(prefix="sentinel-live-") as folder:
+        result = await run_demo(manifest, Path(folder), replicas=replicas, threat=threat)
+    return Row(seed, kind, threat, result)
 
 
 def _line(row: Row) -> str:
@@ -157,14 +171,19 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=10, help="first round that is attacked")
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), metavar="SPEC")
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=(*DIRECTIONS, "both"))
+    parser.add_argument("--wide", action="store_true", help="only what it costs on a model of width 512")
     parser.add_argument("--json", type=Path, metavar="FILE")
     chosen = parser.parse_args()
+    work = (
+        measure_wide(chosen.rounds)
+        if chosen.wide
+        else measure(chosen.seeds, chosen.rounds, chosen.start, chosen.attacks, chosen.directions)
+    )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        rows = runner.run(
-            measure(chosen.seeds, chosen.rounds, chosen.start, chosen.attacks, chosen.directions)
-        )
+        rows = runner.run(work)
     found = costs(rows)
-    _console.print(tabulate(rows))
+    if not chosen.wide:
+        _console.print(tabulate(rows))
     _console.print_json(json.dumps(found))
     if chosen.json is not None:
         body = {"machine": machine(), "costs": found, "runs": [row.as_json() for row in rows]}

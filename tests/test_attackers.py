@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.swarms import small_manifest
 
 STAGES, REPLICAS, VERIFIERS, QUORUM = 3, 3, 3, 2
 START = 4
+SLOW = (2, 2)
 BANNED = BannedError.exit_code
 
 
@@ -25,13 +27,17 @@ def defended(folder: Path) -> Manifest:
 
 
 def populate(swarm: LocalSwarm, attack: str | None, direction: str = "both") -> Process | None:
-    """Verifiers, and three replicas of each stage, of which one of stage 1 may be an attacker."""
+    """Verifiers, and three replicas of each stage, of which one of stage 1 may be an attacker.
+
+    An honest replica of the last stage is slow: it takes 150 ms to send anything.
+    """
     for _ in range(VERIFIERS):
         swarm.verify()
     options = ["--attack", attack or "", "--attack-direction", direction, "--attack-start", str(START)]
     for replica in range(REPLICAS):
         for stage in range(STAGES):
-            swarm.join(stage, *(options if attack and (stage, replica) == (1, 0) else ()))
+            slow = ("--link-delay", "150") if (stage, replica) == SLOW else ()
+            swarm.join(stage, *slow, *(options if attack and (stage, replica) == (1, 0) else ()))
     return next((node for node in swarm.nodes if node.is_attacker), None)
 
 
@@ -86,14 +92,31 @@ async def test_the_attacker_is_banned_and_nobody_else(tmp_path: Path, attack: st
         swarm.check_alive(but=[attacker, again])
 
 
-@pytest.mark.timeout(400)
-async def test_without_an_attacker_nobody_is_held_to_be_one(tmp_path: Path) -> None:
-    """A verifier dies meanwhile; the others go on, and the run does not notice."""
+async def hiccup(process: Process) -> None:
+    """Until cancelled: stop the process for a moment, again and again."""
+    while True:
+        await asyncio.sleep(1.5)
+        process.signal(signal.SIGSTOP)
+        await asyncio.sleep(0.4)
+        process.signal(signal.SIGCONT)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("rounds", [30, pytest.param(300, marks=pytest.mark.slow)])
+async def test_without_an_attacker_nobody_is_held_to_be_one(tmp_path: Path, rounds: int) -> None:
+    """One node is slow and jittery, and a verifier dies meanwhile; the others go on, and the run does not notice."""
     async with local_swarm(defended(tmp_path), tmp_path) as swarm, watching(swarm) as observer:
         populate(swarm, None)
         await until(observer, lambda: newest(observer) >= 10, timeout=200, what="ten rounds")
         swarm.verifiers[0].kill()
-        await until(observer, lambda: newest(observer) >= 30, timeout=200, what="thirty rounds")
+        (slow,) = [node for node in swarm.nodes if node.name == f"node{STAGES * REPLICAS}-stage{SLOW[0]}"]
+        hiccups = asyncio.create_task(hiccup(slow))
+        try:
+            await until(observer, lambda: newest(observer) >= rounds, timeout=1000, what=f"{rounds} rounds")
+        finally:
+            hiccups.cancel()
+            await asyncio.gather(hiccups, return_exceptions=True)
+        assert slow.peer in observer.sightings
         serious = {
             peer: verdict
             for peer, verdict in observer.votes.verdicts().items()
