@@ -153,6 +153,7 @@ class DemoView:
                 sum(metrics.guarded for metrics in seen.values()),
             ),
             "verification": self._verification(list(seen.values())),
+            "cpu_seconds": self._cpu_seconds(list(seen.values())),
         }
 
     def _ban(self, ban: SeenBan) -> dict[str, Any]:
@@ -175,30 +176,25 @@ class DemoView:
             ],
         }
 
-    def _verification(self, metrics: list[Metrics]) -> dict[str, Any]:
-        """What verification cost, as shares: of all microbatches, of the bytes that nodes sent, of the nodes' CPU time.
-
-        CPU is from when the last volunteers had joined: all of the verifiers' processes, the guard in every node and
-        work done again there, over what is left of the nodes' processes.
-        """
+    def _verification(self, metrics: list[Metrics]) -> dict[str, float]:
+        """What verification cost, as shares: of all microbatches, of the bytes that nodes sent, of the nodes' CPU time."""
         efforts = list(self.observer.efforts.values())
         asked = sum(effort.bytes for effort in efforts)
-        guard, redo = (
-            sum(getattr(one, part) for one in metrics) for part in ("guard_seconds", "redo_seconds")
-        )
-        nodes, judging = self.meter.used(self.swarm.nodes), self.meter.used(self.swarm.verifiers)
+        seconds = self._cpu_seconds(metrics)
         passed = max((effort.passed for effort in efforts), default=0)
         return {
             "sampled_fraction": _share(sum(effort.sampled for effort in efforts), passed),
             "bytes_fraction": _share(asked, sum(one.sent_bytes for one in metrics) - asked),
-            "cpu_fraction": _share(judging + guard + redo, nodes - guard - redo),
-            "cpu_seconds": {
-                "verifiers": judging,
-                "guard": guard,
-                "redo": redo,
-                "nodes": nodes - guard - redo,
-            },
+            "cpu_fraction": _share(sum(seconds.values()) - seconds["nodes"], seconds["nodes"]),
         }
+
+    def _cpu_seconds(self, metrics: list[Metrics]) -> dict[str, float]:
+        """CPU time since the last volunteers had joined: all of the verifiers' processes, the guard in every node, work
+        done again there, and what is left of the nodes' processes."""
+        guard = sum(one.guard_seconds for one in metrics)
+        redo = sum(one.redo_seconds for one in metrics)
+        judging, nodes = self.meter.used(self.swarm.verifiers), self.meter.used(self.swarm.nodes)
+        return {"verifiers": judging, "guard": guard, "redo": redo, "nodes": nodes - guard - redo}
 
 
 def _share(part: float, whole: float) -> float:
