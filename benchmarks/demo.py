@@ -177,7 +177,7 @@ class DemoView:
         }
 
     def _verification(self, metrics: list[Metrics]) -> dict[str, float]:
-        """What verification cost, as shares: of all microbatches, of the bytes that nodes sent, of the nodes' CPU time."""
+        """What verification cost, as shares of all microbatches, of the bytes that nodes sent and of their CPU time."""
         efforts = list(self.observer.efforts.values())
         asked = sum(effort.bytes for effort in efforts)
         seconds = self._cpu_seconds(metrics)
