@@ -42,9 +42,10 @@ class Trip:
 
     people: list[Identity] = field(default_factory=lambda: [Identity.generate() for _ in range(STAGES)])
     sent: dict[Key, Sent] = field(default_factory=dict)
+    slot: int = 7
 
     def __post_init__(self) -> None:
-        self.microbatch = MicrobatchId(self.peer(0), 7)
+        self.microbatch = MicrobatchId(self.peer(0), self.slot)
         self.send(0, 1, Direction.ACTIVATION, made_of=b"t" * 32)
         self.send(1, 2, Direction.ACTIVATION)
         self.send(2, 1, Direction.GRADIENT, made_of=self.output_digest(2, Direction.ACTIVATION))

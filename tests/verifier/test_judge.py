@@ -1,0 +1,132 @@
+"""A verifier's judge among nodes that do not show what they were sent, or show something else. No network."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import cast
+
+import pytest
+
+from protocol.errors import ProtocolError, Reason
+from protocol.identity import Identity, PeerId
+from protocol.manifest import VerificationSection
+from protocol.receipts import MicrobatchId
+from protocol.samples import Passage
+from protocol.votes import Cause, Verdict
+from tests.swarms import small_manifest
+from tests.verifier.exhibits import RUN, STAGES, Trip
+from verifier.exhibits import Exhibit, Question
+from verifier.inquirer import Inquirer
+from verifier.judge import Judge
+
+
+@dataclass
+class Nodes:
+    """One node a stage. `refuser` answers no question but with `reason`."""
+
+    people: list[Identity] = field(default_factory=lambda: [Identity.generate() for _ in range(STAGES)])
+    refuser: PeerId | None = None
+    reason: Reason = Reason.BUSY
+    trips: dict[MicrobatchId, Trip] = field(default_factory=dict)
+
+    @property
+    def peers(self) -> list[PeerId]:
+        return [one.peer_id for one in self.people]
+
+    async def show(self, question: Question) -> Exhibit:
+        if question.holder == self.refuser:
+            raise ProtocolError(self.reason)
+        return self.trips[question.microbatch].show(question.stage, question.direction, question.sequence)
+
+    def work(self, judge: Judge, slots: range) -> None:
+        """Microbatches pass, and every node says so."""
+        for slot in slots:
+            trip = Trip(self.people, slot=slot)
+            self.trips[trip.microbatch] = trip
+            for stage, peer in enumerate(self.peers):
+                before = self.peers[stage - 1] if stage else None
+                after = self.peers[stage + 1] if stage + 1 < STAGES else None
+                judge.traffic.note(
+                    peer, stage, Passage(trip.microbatch, before, after, 3, None, b"weights!"), monotonic()
+                )
+        judge.earn(1000)
+
+
+def judge_of(nodes: Nodes) -> Judge:
+    """Without hearings: nobody else could do work of these nodes again."""
+    verification = VerificationSection(verifiers=(Identity.generate().peer_id,), quorum=1)
+    manifest = small_manifest(stages=STAGES, verification=verification)
+    return Judge(
+        RUN, manifest, cast(Inquirer, nodes), lambda stage: nodes.peers[stage : stage + 1], lambda peer: False
+    )
+
+
+async def sit(judge: Judge, nodes: Nodes, panels: int) -> list[Verdict]:
+    """What is thought of the refuser after each panel."""
+    verdicts = []
+    for panel in range(panels):
+        nodes.work(judge, range(10 * panel, 10 * panel + 10))
+        seen = await judge.sit(set(), nodes.peers)
+        assert seen or nodes.refuser is not None, "nobody was looked at"
+        opinions = await judge.opinions(nodes.peers)
+        assert all(one.verdict is Verdict.OK for peer, one in opinions.items() if peer != nodes.refuser), (
+            "neighbours of who hides are blamed"
+        )
+        verdicts.append(opinions[nodes.refuser or nodes.peers[1]].verdict)
+    return verdicts
+
+
+@pytest.mark.parametrize(
+    ("reason", "cause"),
+    [
+        pytest.param(Reason.BUSY, Cause.WITHHELD, id="it refuses"),
+        pytest.param(Reason.TIMED_OUT, Cause.WITHHELD, id="it stalls"),
+        pytest.param(Reason.WRONG_DIGEST, Cause.RECEIPTS, id="it shows what its neighbour never made"),
+        pytest.param(Reason.BAD_SIGNATURE, Cause.RECEIPTS, id="it shows a receipt that nobody signed"),
+    ],
+)
+async def test_who_does_not_show_is_suspected_then_quarantined_and_never_banned(
+    reason: Reason, cause: Cause
+) -> None:
+    nodes = Nodes(reason=reason)
+    nodes.refuser = nodes.peers[1]
+    judge = judge_of(nodes)
+    verdicts = await sit(judge, nodes, 8)
+    opinion = (await judge.opinions([nodes.refuser]))[nodes.refuser]
+    judge.stop()
+    assert verdicts[0] in (Verdict.SUSPECT, Verdict.QUARANTINED)
+    assert verdicts[-1] is Verdict.QUARANTINED and Verdict.BANNED not in verdicts
+    assert opinion.cause is cause and reason.value in opinion.text
+
+
+async def test_who_shows_everything_and_who_is_gone_are_left_alone() -> None:
+    nodes = Nodes()
+    judge = judge_of(nodes)
+    assert set(await sit(judge, nodes, 4)) == {Verdict.OK}
+    nodes.refuser, nodes.reason = nodes.peers[1], Reason.UNREACHABLE
+    assert set(await sit(judge, nodes, 4)) == {Verdict.OK}
+    judge.stop()
+
+
+async def test_who_was_stopped_itself_blames_nobody_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = Nodes(reason=Reason.TIMED_OUT)
+    nodes.refuser = nodes.peers[1]
+    judge = judge_of(nodes)
+    monkeypatch.setattr(judge, "_pulse", monotonic() - 60.0)  # As after a SIGSTOP.
+    assert set(await sit(judge, nodes, 4)) == {Verdict.OK}
+    judge.stop()
+
+
+async def test_news_come_before_the_panel_is_through() -> None:
+    """Votes need not wait for the rest of the panel."""
+    nodes = Nodes()
+    nodes.refuser = nodes.peers[1]
+    judge = judge_of(nodes)
+    nodes.work(judge, range(10))
+    sitting = asyncio.create_task(judge.sit(set(), nodes.peers))
+    async with asyncio.timeout(10):
+        await judge.news.wait()
+    await sitting
+    judge.stop()
