@@ -294,8 +294,9 @@ class StagePasses:
         """Raises `ProtocolError` (flagged)."""
         if signed is None or self._loss_guard is None:
             return
-        if not self._loss_guard.check(loss, signed.receipt.sender):
-            self._flag(signed.receipt)
+        receipt = signed.receipt
+        if not self._loss_guard.check(loss, receipt.sender, is_retry=receipt.microbatch.attempt > 0):
+            self._flag(receipt)
 
     def _flag(self, receipt: Receipt) -> None:
         """Raises `ProtocolError` (flagged), unless the text seems to be what is odd."""

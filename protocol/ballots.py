@@ -20,7 +20,7 @@ import structlog
 from protocol import vote_file, wire
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
-from protocol.links import Answer, Link, Switchboard
+from protocol.links import DIAL_TIMEOUT, Answer, Link, Switchboard
 from protocol.requests import VOTES, VotesHeld, VotesWanted
 from protocol.tasks import Background
 from protocol.vote_set import MAX_HISTORY, MAX_SUBJECTS, VoteKey, VoteSet, key_of
@@ -34,6 +34,7 @@ MAX_NEWS: Final = 64 * 1024
 """Bytes of statements in one gossip message."""
 _TICK = 1.0
 _ANSWER_WITHIN = 10.0
+_DIAL_WITHIN = 3.0
 _SEED_EVERY = 5
 _LINGER = 3.0
 _START: Final[VoteKey] = ("", "", 0)
@@ -178,7 +179,9 @@ class Ballots:
     async def _visit(self, peer: PeerId, addresses: Sequence[str]) -> bool:
         is_brief = peer in self._seed_ids and peer not in self._switchboard.links
         try:
-            link = await self._switchboard.connect(peer, addresses)
+            # Nobody but a seed is worth a long wait: there are others.
+            patience = DIAL_TIMEOUT if peer in self._seed_ids else _DIAL_WITHIN
+            link = await self._switchboard.connect(peer, addresses, timeout=patience)
             if is_brief:
                 # Seeds have room for so many links; ours stays for as long as they may ask back.
                 asyncio.get_running_loop().call_later(_LINGER, link.close)

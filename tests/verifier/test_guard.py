@@ -121,3 +121,12 @@ def test_it_remembers_a_bounded_number_of_senders() -> None:
     for step in range(2000):
         guard.check(3.0 + step % 7 / 10, f"peer{step}")
     assert len(guard._sums) <= 256
+
+
+def test_a_hard_text_that_comes_again_is_not_held_against_its_sender() -> None:
+    generator, guard = np.random.default_rng(0), LossGuard()
+    for step in range(200):
+        guard.check(losses(generator, step), f"peer{step % 3}")
+    for _ in range(20):
+        assert guard.check(6.0, "peer0", is_retry=True)
+    assert guard.check(losses(generator, 200), "peer0")
