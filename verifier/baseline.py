@@ -93,7 +93,9 @@ class Centring:
     adapting = 0.03
     infancy = 32
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, floor: Floats | None = None) -> None:
+        """`floor` (F,): scales are never taken to be smaller."""
+        self._floor = np.maximum(np.zeros(features) if floor is None else floor, _SCALE_FLOOR)
         self._centre = np.zeros(features)
         self._scale = np.ones(features)
         self._step: tuple[int, Floats] | None = None
@@ -133,7 +135,7 @@ class Centring:
         # fifths that are corrupt, however grossly, it can become twice too large and no more.
         beyond = (np.abs(residuals) > _GAUSSIAN_MEDIAN).sum(0) - n / 2
         little = max(self.adapting, min(0.15, 4 / self._seen))
-        self._scale = np.maximum(self._scale * np.exp(little * beyond), _SCALE_FLOOR)
+        self._scale = np.maximum(self._scale * np.exp(little * beyond), self._floor)
 
     def knows(self, round: int) -> bool:
         """Whether a group of this round has been seen, so that its other hops are compared with that."""
@@ -152,7 +154,8 @@ class Centring:
         self.ready, self._young = True, []
         self._centre = middle(values)
         deviation = 1.4826 * middle(np.abs(values - self._centre))
-        self._scale = np.maximum(1.5 * deviation, 2e-3 * np.maximum(np.abs(self._centre), 0.1))
+        least = np.maximum(self._floor, 2e-3 * np.maximum(np.abs(self._centre), 0.1))
+        self._scale = np.maximum(1.5 * deviation, least)
 
     def _follow(self, median: Floats) -> Floats:
         shift = median - self._centre

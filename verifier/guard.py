@@ -22,9 +22,11 @@ from verifier.streams import Direction, Floats, Peer
 _ELEMENTS = 4096
 _FEWEST_PLACES = 4
 _LATEST = 24
-# While it is young it learns from every tensor, then from every second: learning costs as much as looking. From every
-# fourth was too few for a small model that learns fast: 1.7% of honest tensors were flagged in 300 rounds.
+# While it is young it learns from every tensor, then from every second: learning costs as much as looking.
 _YOUNG, _LEARNS_EVERY = 64, 2
+# What honest gradients do: in training their sizes change severalfold within a few microbatches, all at once. In logs,
+# so that three sizes have to be off by a factor of eight between them. Signs have no size.
+_FLOORS = {Direction.ACTIVATION: None, Direction.GRADIENT: np.array([0.3, 0.3, 0.0, 0.3])}
 
 
 class _Latest:
@@ -56,7 +58,7 @@ class Guard:
     def __init__(self, direction: Direction, generator: np.random.Generator, limit: float = 6.0) -> None:
         self._generator, self._limit = generator, limit
         self._mean = MeanTensor({Direction.ACTIVATION: 0.9, Direction.GRADIENT: 0.8}[direction] ** (1 / 8))
-        self._centring = Centring(len(features.MARGINAL))
+        self._centring = Centring(len(features.MARGINAL), _FLOORS[direction])
         self._latest = _Latest()
         self._places: torch.Tensor | None = None
         self.checked = self.flagged = 0
