@@ -16,6 +16,7 @@ from verifier.sentinel import Settings
 
 # Harm below this is not worth an attacker's while: it is the size of what another seed changes.
 HARMFUL = 0.02
+RUINED = "ruined"
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,10 @@ def _detection_table(results: list[Result], detector: str) -> Table:
         if mine:
             rows.append(_detection_row(results, row, mine, bare))
     macro = [row[4] for row in rows if row[4] is not None]
-    harmful = [row[4] for row in rows if row[7] is None or row[7] > HARMFUL]
+    harmful = [row[4] for row in rows if row[7] == RUINED or (row[7] is not None and row[7] > HARMFUL)]
     note = f"Macro F1 {mean(macro):.4f}. " if macro else ""
     note += f"Lowest F1 where the attack, undefended, costs over {HARMFUL} nats or ruins the run: "
-    note += f"{min(harmful):.3f}." if harmful else "no such attack."
+    note += f"{min(harmful):.3f}." if harmful else "none of those measured."
     columns = (
         "attack",
         "held out",
@@ -132,9 +133,16 @@ def _detection_row(
         _mean(one.summary["f1"] for one in mine),
         _median(one.summary["rounds_to_ban_median"] for one in mine),
         _mean(harm(results, one) for one in mine),
-        _mean(harm(results, one) for one in bare),
+        _undefended(results, bare),
         sum(one.summary["false_bans"] for one in mine),
     )
+
+
+def _undefended(results: list[Result], bare: list[Result]) -> float | str | None:
+    """The harm of the undefended runs; None if there are none yet."""
+    if any(_loss(one) is None for one in bare):
+        return RUINED
+    return _mean(harm(results, one) for one in bare)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
