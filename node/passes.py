@@ -294,8 +294,10 @@ class StagePasses:
         """Raises `ProtocolError` (flagged)."""
         if signed is None or self._loss_guard is None:
             return
-        receipt = signed.receipt
-        if not self._loss_guard.check(loss, receipt.sender, is_retry=receipt.microbatch.attempt > 0):
+        receipt, began = signed.receipt, thread_time()
+        passes = self._loss_guard.check(loss, receipt.sender, is_retry=receipt.microbatch.attempt > 0)
+        self.guard_seconds += thread_time() - began
+        if not passes:
             self._flag(receipt)
 
     def _flag(self, receipt: Receipt) -> None:

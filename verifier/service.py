@@ -148,7 +148,10 @@ class Verifier:
 
     async def _meet(self) -> None:
         """Keep a link to every node, and remember who is out of reach since when."""
-        is_complete = len(self._nodes) >= self._expected and not self._strangers
+        if len(self._nodes) >= self._expected:
+            # From now on who comes is named by others, and who leaves or is banned is not missed.
+            self._expected = 0
+        is_complete = not self._expected and not self._strangers
         if not is_complete or monotonic() - self._met_at >= MEET_EVERY:
             await self._look_up()
         links, now = self._links, monotonic()

@@ -119,8 +119,8 @@ async def test_who_was_stopped_itself_blames_nobody_for_silence(monkeypatch: pyt
     judge.stop()
 
 
-async def test_news_come_before_the_panel_is_through() -> None:
-    """Votes need not wait for the rest of the panel."""
+async def test_that_something_was_not_shown_is_news() -> None:
+    """So that a vote need not wait for the next review."""
     nodes = Nodes()
     nodes.refuser = nodes.peers[1]
     judge = judge_of(nodes)
