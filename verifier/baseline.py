@@ -29,13 +29,12 @@ class MeanTensor:
         self._keep = keep
         self.value: Tensor | None = None
 
-    def update(self, tensors: Tensor) -> None:
-        """Learn from n >= 1 tensors, stacked along the first dimension."""
-        mean = tensors.mean(0)
+    def update(self, mean: Tensor, hops: int) -> None:
+        """Learn from the mean of as many hops."""
         if self.value is None or self.value.shape != mean.shape:
             self.value = mean.clone()
         else:
-            self.value = torch.lerp(mean, self.value, self._keep ** len(tensors))
+            self.value = torch.lerp(mean, self.value, self._keep**hops)
 
 
 class MeanByToken:

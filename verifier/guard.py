@@ -73,7 +73,7 @@ class Guard:
             residuals = self._centring.residuals(values, 0, None)
             is_odd = math.sqrt(float(np.square(residuals).mean())) > self._limit
             if not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY):
-                self._mean.update(torch.from_numpy(seen.mean(0))[None])
+                self._mean.update(torch.from_numpy(seen.mean(0)), 1)
                 self._centring.learn(values, residuals)
         self.checked += 1
         self.flagged += is_odd

@@ -110,7 +110,7 @@ class Marginal(Detector):
     def _learn(self, hops: Hops, state: _Baseline, distances: Floats, accepted: Mask) -> None:
         accepted = accepted & np.isfinite(distances).all(1)
         if accepted.any():
-            state.mean.update(hops.outputs[torch.from_numpy(accepted)].mean((0, 1))[None])
+            state.mean.update(hops.outputs[torch.from_numpy(accepted)].mean((0, 1)), 1)
             state.distances.admit(distances[accepted])
 
     def _count(self, hops: Hops, flagged: Mask, suspended: Mask) -> tuple[Ban, ...]:

@@ -94,10 +94,10 @@ class _StreamState:
 class Screening:
     """What `screen` saw of N hops.
 
-    `raw` (N,) are the highest scores before any discount, `unspread` (N, K) those after the cascade's. `gains`
-    (N, kinds, bets) are the logs of what betting on the hops wins. `confirmed`, by position, are refusals that a hop
-    proves wrong. `wanted` (N,) should be heard if affordable, and first of them the `accused` (N,), who would be banned
-    for this hop.
+    `steps` (N, W) are their mean steps. `raw` (N,) are the highest scores before any discount, `unspread` (N, K) those
+    after the cascade's. `gains` (N, kinds, bets) are the logs of what betting on the hops wins. `confirmed`, by
+    position, are refusals that a hop proves wrong. `wanted` (N,) should be heard if affordable, and first of them the
+    `accused` (N,), who would be banned for this hop.
     """
 
     hops: Hops
@@ -107,6 +107,7 @@ class Screening:
     marginal_residuals: Floats
     transition: Floats | None
     transition_residuals: Floats | None
+    steps: Tensor | None
     raw: Floats
     unspread: Floats
     scores: Floats
@@ -178,7 +179,7 @@ class Sentinel(Detector):
         state = self._state(hops)
         rows = self._roster.rows(hops.peers)
         marginal = self._marginal(hops, state)
-        transition = self._transition(hops, state)
+        transition, steps = self._transition(hops, state)
         valid = self._valid(hops, marginal)
         if transition is not None:
             valid &= np.isfinite(transition).all(1)
@@ -212,6 +213,7 @@ class Sentinel(Detector):
             marginal_residuals,
             transition,
             transition_residuals,
+            steps,
             raw,
             unspread,
             scores,
@@ -278,14 +280,15 @@ class Sentinel(Detector):
             return None
         return state.by_token.expect(hops.inputs, self._mean(hops, state).mean(0))
 
-    def _transition(self, hops: Hops, state: _StreamState) -> Floats | None:
+    def _transition(self, hops: Hops, state: _StreamState) -> tuple[Floats, Tensor] | tuple[None, None]:
+        """Features (N, F) and mean steps (N, W), if what went in can be had."""
         inputs = self._inputs(hops, state)
         if inputs is None:
-            return None
-        mean_step = state.mean_step.value
-        if mean_step is None:
-            mean_step = features.mean_steps(inputs, hops.outputs).nanmedian(0).values
-        return features.transition(inputs, hops.outputs, mean_step)
+            return None, None
+        steps, usual = features.mean_steps(inputs, hops.outputs), state.mean_step.value
+        if usual is None:
+            usual = steps.nanmedian(0).values
+        return features.transition(inputs, hops.outputs, steps, usual), steps
 
     def _valid(self, hops: Hops, marginal: Floats) -> Mask:
         """What arrived and is finite. L2 sums every element, so it is finite only if they all are."""
@@ -419,12 +422,11 @@ class Sentinel(Detector):
         if state.marginal.ready:
             state.spread.learn(screening.unspread[chosen])
         hops = hops if len(chosen) == len(hops) else hops.take(chosen)
-        inputs = self._inputs(hops, state)
-        state.mean.update(hops.outputs.mean(1))
+        state.mean.update(hops.outputs.flatten(0, 1).mean(0), len(hops))
         state.marginal.learn(screening.marginal[chosen], screening.marginal_residuals[chosen])
         if screening.transition is not None and screening.transition_residuals is not None:
-            assert inputs is not None
-            state.mean_step.update(features.mean_steps(inputs, hops.outputs))
+            assert screening.steps is not None
+            state.mean_step.update(screening.steps[chosen].mean(0), len(hops))
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
         if hops.inputs is not None and not hops.inputs.is_floating_point():
             state.by_token.update(hops.inputs, hops.outputs)

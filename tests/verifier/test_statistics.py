@@ -32,10 +32,11 @@ def test_transition_features_do_not_depend_on_the_unit_of_the_tensors() -> None:
     stage = Stage()
     x = stage.inputs(4)
     y = stage.outputs(x)
-    mean_step = features.mean_steps(x, y).mean(0)
-    plain = features.transition(x, y, mean_step)
+    steps = features.mean_steps(x, y)
+    mean_step = steps.mean(0)
+    plain = features.transition(x, y, steps, mean_step)
     assert plain.shape == (4, len(features.TRANSITION) + len(features.TOKENS))
-    assert np.allclose(plain, features.transition(1e3 * x, 1e3 * y, 1e3 * mean_step), atol=1e-3)
+    assert np.allclose(plain, features.transition(1e3 * x, 1e3 * y, 1e3 * steps, 1e3 * mean_step), atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e30, -1e-30])
@@ -43,15 +44,15 @@ def test_features_of_degenerate_tensors_are_finite(value: float) -> None:
     x = torch.zeros(2, 1, 4, 8)
     y = torch.full_like(x, value if abs(value) < 1 else 1e15)
     for a, b in ((x, y), (y, x), (x, x)):
-        assert np.isfinite(features.transition(a, b, torch.zeros(8))).all()
+        assert np.isfinite(features.transition(a, b, features.mean_steps(a, b), torch.zeros(8))).all()
 
 
 def test_the_mean_tensor_does_not_depend_on_how_hops_are_batched() -> None:
     together, apart = MeanTensor(0.9), MeanTensor(0.9)
     same = torch.randn(5, 4).repeat(6, 1, 1)
-    together.update(same)
+    together.update(same.mean(0), len(same))
     for one in same:
-        apart.update(one[None])
+        apart.update(one, 1)
     assert together.value is not None and apart.value is not None
     assert torch.allclose(together.value, apart.value, atol=1e-6)
 
