@@ -71,7 +71,7 @@ class Bench:
             for place in chosen
             if works[place].peer not in self._convicted and not self._is_known_stray(works[place])
         ]
-        return sorted(chosen, key=lambda place: -float(screening.raw[place]))
+        return sorted(chosen, key=lambda place: -float(screening.raw[place].max()))
 
     def record(
         self, screening: Screening, works: Sequence[Work], findings: Mapping[int, Finding], now: float

@@ -4,6 +4,9 @@ An odd text, or a corruption that slipped through, makes every tensor behind it 
 microbatch carries an *oddness*, the score of what was last passed on, and the scores behind are divided by it. The
 paper suspends the checks behind a flag; this is the same rule without the cliff: behind something twice as odd as
 usual an attacker has to be twice as odd again to be seen, not infinitely.
+
+Each family of features has its own oddness: what makes single tokens odd leaves the size of a tensor as it was. Only
+from tokens to the first activation is it otherwise: a text that is odd to a head is odd to the next stage in all ways.
 """
 
 from __future__ import annotations
@@ -29,24 +32,29 @@ class Cascade:
     fading = 0.9
 
     def __init__(self, memory: int = 4096) -> None:
-        self._oddness: OrderedDict[_Passage, float] = OrderedDict()
+        self._oddness: OrderedDict[_Passage, Floats] = OrderedDict()
         self._memory = memory
 
-    def discount(self, hops: Hops) -> Floats:
-        """(N,) what to divide each hop's scores by, at least 1. Gradients start from the way forward."""
-        return np.array([max(1.0, self._before(hops, one) / self.ordinary) for one in hops.microbatches])
+    def discount(self, hops: Hops, kinds: int) -> Floats:
+        """(N, K) what to divide each hop's scores by, at least 1. Gradients start from the way forward."""
+        before = np.zeros((len(hops), kinds))
+        for row, microbatch in enumerate(hops.microbatches):
+            before[row] = self._before(hops, microbatch)
+        return np.maximum(1.0, before / self.ordinary)
 
     def note(self, hops: Hops, scores: Floats, passed: Mask, proven: Mask) -> None:
-        """Remember the score (N,) of each hop that was passed on; in full only where its sender is proven honest."""
+        """Remember the scores (N, K) of each hop that was passed on; in full only where its sender is proven honest."""
+        granted = np.where(proven[:, None], scores, np.minimum(scores, self.unproven))
+        if hops.direction is Direction.ACTIVATION and hops.from_tokens:
+            granted = np.broadcast_to(granted.max(1, keepdims=True), granted.shape)
         for row in np.flatnonzero(passed):
             microbatch = hops.microbatches[row]
-            granted = float(scores[row]) if proven[row] else min(float(scores[row]), self.unproven)
-            oddness = max(granted, self.fading * self._before(hops, microbatch))
+            oddness = np.maximum(granted[row], self.fading * self._before(hops, microbatch))
             self._oddness[hops.round, microbatch, hops.direction] = oddness
             if len(self._oddness) > self._memory:
                 self._oddness.popitem(last=False)
 
-    def _before(self, hops: Hops, microbatch: int) -> float:
+    def _before(self, hops: Hops, microbatch: int) -> Floats | float:
         forward = self._oddness.get((hops.round, microbatch, Direction.ACTIVATION), 0.0)
         if hops.direction is Direction.ACTIVATION:
             return forward

@@ -94,8 +94,8 @@ class _StreamState:
 class Screening:
     """What `screen` saw of N hops.
 
-    `steps` (N, W) are their mean steps. `raw` (N,) are the highest scores before any discount, `unspread` (N, K) those
-    after the cascade's. `gains` (N, kinds, bets) are the logs of what betting on the hops wins. `confirmed`, by
+    `steps` (N, W) are their mean steps. `raw` (N, K) are the scores before any discount, `unspread` those after the
+    cascade's. `gains` (N, kinds, bets) are the logs of what betting on the hops wins. `confirmed`, by
     position, are refusals that a hop proves wrong. `wanted` (N,) should be heard if affordable, and first of them the
     `accused` (N,), who would be banned for this hop.
     """
@@ -189,13 +189,13 @@ class Sentinel(Detector):
         if transition is not None:
             transition_residuals = state.transition.residuals(transition, hops.round, group)
         scores = self._scores(marginal_residuals, transition_residuals)
-        unspread = scores / self._cascade.discount(hops)[:, None]
-        raw, scores = scores.max(1), unspread / state.spread.discount(unspread, hops.round, group)
+        unspread = scores / self._cascade.discount(hops, scores.shape[1])
+        raw, scores = scores, unspread / state.spread.discount(unspread, hops.round, group)
         scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
         gains = self._gains(hops, state, valid, p, scores, quorum)
         relative = unspread / state.spread.typical(hops.round)
-        if hops.inputs is not None and not hops.inputs.is_floating_point():
+        if hops.from_tokens:
             relative = relative[:, :1]  # What follows from tokens has tails too heavy to be judged by size.
         odd = self._odd(state, scores, relative, valid, p)
         confirmed = self._refusals.confirmed(hops, rows, quorum, self._banned)
@@ -228,10 +228,17 @@ class Sentinel(Detector):
         )
 
     def _group(self, hops: Hops, rows: npt.NDArray[np.intp], valid: Mask, quorum: int) -> Mask | None:
-        """(N,) the rows to centre on, if so many peers are here that fewer attackers than `quorum` are outnumbered."""
-        trusted = valid & (self._evidence(rows) < self._ladder.top / 3)
-        whole = len(set(hops.peers)) >= 2 * quorum - 1 and bool(trusted.any())
-        return trusted if self.settings.centring and whole else None
+        """(N,) the rows to centre on, if so many peers are here that fewer attackers than `quorum` are outnumbered.
+
+        One a peer: those to whom refused work was handed have several, and could else be the majority of hops.
+        """
+        trusted = np.flatnonzero(valid & (self._evidence(rows) < self._ladder.top / 3))
+        peers, first = np.unique(rows[trusted], return_index=True)
+        if not self.settings.centring or len(set(hops.peers)) < 2 * quorum - 1 or not len(peers):
+            return None
+        group = np.zeros(len(hops), dtype=np.bool_)
+        group[trusted[first]] = True
+        return group
 
     def _odd(self, state: _StreamState, scores: Floats, relative: Floats, valid: Mask, p: Floats) -> Mask:
         """By rank; by size `relative` to the step's typical score while there are too few to rank against."""
@@ -274,7 +281,7 @@ class Sentinel(Detector):
 
     def _inputs(self, hops: Hops, state: _StreamState) -> Tensor | None:
         """(N, B, T, W) what went in; for tokens, what usually comes out for them."""
-        if hops.inputs is None or hops.inputs.is_floating_point():
+        if hops.inputs is None or not hops.from_tokens:
             return hops.inputs
         if not state.by_token.ready:
             return None
@@ -428,7 +435,8 @@ class Sentinel(Detector):
             assert screening.steps is not None
             state.mean_step.update(screening.steps[chosen].mean(0), len(hops))
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
-        if hops.inputs is not None and not hops.inputs.is_floating_point():
+        if hops.from_tokens:
+            assert hops.inputs is not None
             state.by_token.update(hops.inputs, hops.outputs)
         if state.marginal.settled and (hops.inputs is None or state.transition.settled):
             state.waiting.append((hops.round, screening.rows[chosen], screening.scores[chosen]))

@@ -47,6 +47,11 @@ class Hops:
     def stream(self) -> Stream:
         return self.stage, self.direction
 
+    @property
+    def from_tokens(self) -> bool:
+        """Whether what went in are tokens or labels."""
+        return self.inputs is not None and not self.inputs.is_floating_point()
+
     def __len__(self) -> int:
         return len(self.peers)
 

@@ -27,10 +27,17 @@ class Stage:
         return inputs + 0.3 * torch.tanh(inputs @ self.matrix)
 
 
-def hops(inputs: Tensor, outputs: Tensor, round: int, peers: list[str], stage: int = 1) -> Hops:
+def hops(
+    inputs: Tensor,
+    outputs: Tensor,
+    round: int,
+    peers: list[str],
+    stage: int = 1,
+    direction: Direction = Direction.ACTIVATION,
+) -> Hops:
     microbatches = tuple(range(len(peers)))
     delivered = np.ones(len(peers), dtype=np.bool_)
-    return Hops(stage, Direction.ACTIVATION, round, tuple(peers), microbatches, inputs, outputs, delivered)
+    return Hops(stage, direction, round, tuple(peers), microbatches, inputs, outputs, delivered)
 
 
 class NoCourt:

@@ -17,6 +17,7 @@ from verifier.ladder import Ladder
 from verifier.martingale import Capital, power_bets, rank_bets
 from verifier.roster import Roster, in_turns
 from verifier.second_opinion import Refusals
+from verifier.streams import Direction
 
 
 def test_marginal_distances_are_those_of_their_names() -> None:
@@ -199,10 +200,19 @@ def test_what_was_odd_before_is_discounted_in_full_only_if_proven() -> None:
     x = torch.zeros(2, 1, 2, 4)
     first, behind = hops(x, x, 0, ["1/0", "1/1"], stage=1), hops(x, x, 0, ["2/0", "2/1"], stage=2)
     cascade, passed = Cascade(), np.array([True, True])
-    cascade.note(first, np.array([30.0, 30.0]), passed, proven=np.array([True, False]))
-    discount = cascade.discount(behind)
-    assert discount[0] == pytest.approx(20)
-    assert discount[1] == pytest.approx(2)
+    cascade.note(first, np.array([[30.0, 1.0], [30.0, 1.0]]), passed, proven=np.array([True, False]))
+    discount = cascade.discount(behind, 2)
+    assert discount.tolist() == [pytest.approx([20, 1]), pytest.approx([2, 1])]
+
+
+def test_a_text_that_is_odd_to_a_head_is_odd_behind_in_every_way() -> None:
+    tokens, x = torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2, 4)
+    for direction, behind in ((Direction.ACTIVATION, [2, 2]), (Direction.GRADIENT, [1, 2])):
+        cascade = Cascade()
+        end = hops(tokens, x, 0, ["0/0"], stage=0, direction=direction)
+        cascade.note(end, np.array([[1.0, 30.0]]), np.array([True]), proven=np.array([False]))
+        following = hops(x, x, 0, ["1/0"], stage=1, direction=direction)
+        assert cascade.discount(following, 2).tolist() == [pytest.approx(behind)]
 
 
 def test_replicas_confirm_each_other_only_in_a_quorum() -> None:
