@@ -28,7 +28,7 @@ class MeshConfig:
 
     `fraction` of the replicas of a stage (rounded down) are malicious from round `warmup` on; `collusion` of the
     attackers act as one. `retries` is how often a refused hop is given to another replica before its microbatch is
-    dropped. `evaluate_every` rounds the validation loss is noted, and at the end.
+    dropped (at least as often as a quorum needs). `evaluate_every` rounds the validation loss is noted, and at the end.
     """
 
     replicas: int = 8

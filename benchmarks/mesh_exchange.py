@@ -60,13 +60,15 @@ class Tally:
 
 class Boundary:
     """Hands one stage's tensors on. A refused one goes to another replica of the stage, which holds the same weights
-    and is given the same input by the sender, who still has it; after `retries` of these its microbatch is dropped."""
+    and is given the same input by the sender, who still has it; after `retries` of these its microbatch is dropped, but
+    not before so many have had it that the honest among them could confirm one another."""
 
     def __init__(self, config: MeshConfig, crew: Crew, detector: Detector, court: MeshCourt) -> None:
         self._config = config
         self._crew = crew
         self._detector = detector
         self._court = court
+        self._attempts = max(config.retries, (config.replicas - 1) // 2) + 1
         self._sampler = np.random.default_rng((config.seed, 3))
         self.tally = Tally()
 
@@ -75,7 +77,7 @@ class Boundary:
         passed, alive, workers = crossing.honest, active.copy(), crossing.workers
         tried: dict[int, set[int]] = {}
         pending = np.flatnonzero(active)
-        for attempt in range(self._config.retries + 1):
+        for attempt in range(self._attempts):
             pending = self._place(crossing, pending, tried, retry=attempt > 0)
             if not len(pending):
                 break

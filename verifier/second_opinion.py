@@ -2,7 +2,8 @@
 
 Replicas hold the same weights, so if as many workers as attackers can never be, knowing nothing of one another, send
 the same tensor, then it was the text that was odd, and none of them. That is a recomputation that costs nothing: the
-work had to be done again.
+work had to be done again. Until so many have, their saying the same is no evidence against any but the first: to whom
+an odd text is handed again is sure to look odd too.
 """
 
 from __future__ import annotations
@@ -36,24 +37,16 @@ class Refusals:
         self._latest: OrderedDict[_Place, list[Refusal]] = OrderedDict()
         self._memory = memory
 
-    def confirmed(
-        self, hops: Hops, rows: npt.NDArray[np.intp], quorum: int, banned: Mask
-    ) -> dict[int, list[Refusal]]:
-        """By position in `hops`: refusals of other peers that were wrong, since `quorum` peers now say the same.
+    def alike(self, hops: Hops, rows: npt.NDArray[np.intp], banned: Mask) -> dict[int, list[Refusal]]:
+        """By position in `hops`: the refused outputs of other peers that were the same, if there are any.
 
-        `banned`, by row: whose word does not count, as the quorum is one of those who are left.
+        `banned`, by row: whose word does not count, as a quorum is one of those who are left.
         """
         found = {}
         for place, row in enumerate(rows):
-            earlier = self._latest.get(_place(hops, place), [])
-            if len(earlier) + 1 < quorum:
-                continue
-            same = [
-                one
-                for one in earlier
-                if one.row != row and not banned[one.row] and agrees(hops.outputs[place], one.output)
-            ]
-            if len({one.row for one in same}) + 1 >= quorum:
+            earlier = self._latest.get(_place(hops, place), ())
+            others = [one for one in earlier if one.row != row and not banned[one.row]]
+            if same := [one for one in others if agrees(hops.outputs[place], one.output)]:
                 found[place] = same
         return found
 

@@ -198,7 +198,11 @@ class Sentinel(Detector):
         if hops.from_tokens:
             relative = relative[:, :1]  # What follows from tokens has tails too heavy to be judged by size.
         odd = self._odd(state, scores, relative, valid, p)
-        confirmed = self._refusals.confirmed(hops, rows, quorum, self._banned)
+        alike = self._refusals.alike(hops, rows, self._banned)
+        confirmed = {
+            place: same for place, same in alike.items() if len({one.row for one in same}) + 1 >= quorum
+        }
+        gains[list(alike)] = 0.0
         suspect = self._evidence(rows) >= self._ladder.top / 3
         wanted = odd | suspect
         wanted[list(confirmed)] = False

@@ -90,6 +90,22 @@ def test_retries_among_attackers_do_not_make_the_baseline_start_anew() -> None:
             detector.judge(hops(x[3:4], stage.outputs(x[3:4]), round, PEERS[3:4]), court)
 
 
+def test_an_odd_text_is_held_against_the_first_who_had_it_alone() -> None:
+    detector, stage, court = Sentinel(Settings(recompute=0)), Stage(), NoCourt(20)
+    peers = [f"1/{replica}" for replica in range(20)]
+    for round in range(60):
+        x = stage.inputs(20)
+        detector.judge(hops(x, stage.outputs(x), round, peers), court)
+    evidence = {peer: detector.standing(peer).log_evidence for peer in peers}
+    odd = 30 * stage.inputs(1)
+    for peer in peers[:12]:
+        refused = detector.judge(hops(odd, stage.outputs(odd), 60, [peer]), court).refused
+        # With the tenth, as many say the same as attackers can never be.
+        assert refused.all() == (peers.index(peer) < 9), peer
+    gained = [detector.standing(peer).log_evidence - evidence[peer] for peer in peers[:12]]
+    assert max(gained) < 0.1, gained
+
+
 def test_a_head_that_sends_noise_of_the_right_size_is_found_by_its_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(50, 16, generator=generator)

@@ -215,19 +215,19 @@ def test_a_text_that_is_odd_to_a_head_is_odd_behind_in_every_way() -> None:
         assert cascade.discount(following, 2).tolist() == [pytest.approx(behind)]
 
 
-def test_replicas_confirm_each_other_only_in_a_quorum() -> None:
+def test_only_the_same_output_of_another_peer_that_is_not_banned_is_alike() -> None:
     x = torch.randn(1, 1, 2, 4)
     refusals, refused = Refusals(), np.array([True])
     gains, nobody = np.zeros((1, 3, 5)), np.zeros(3, dtype=np.bool_)
     for row in range(2):
-        hop = hops(x, x, 0, [f"1/{row}"])
-        assert refusals.confirmed(hop, np.array([row]), quorum=3, banned=nobody) == {}
-        refusals.note(hop, np.array([row]), gains, refused)
+        refusals.note(hops(x, x, 0, [f"1/{row}"]), np.array([row]), gains, refused)
     third = hops(x, x, 0, ["1/2"])
-    assert [one.row for one in refusals.confirmed(third, np.array([2]), quorum=3, banned=nobody)[0]] == [0, 1]
-    assert refusals.confirmed(third, np.array([2]), quorum=3, banned=np.array([True, False, False])) == {}
-    other = hops(x, x + 1, 0, ["1/2"])
-    assert refusals.confirmed(other, np.array([2]), quorum=3, banned=nobody) == {}
+    assert [one.row for one in refusals.alike(third, np.array([2]), nobody)[0]] == [0, 1]
+    assert [one.row for one in refusals.alike(third, np.array([1]), nobody)[0]] == [0]
+    banned = np.array([True, False, False])
+    assert [one.row for one in refusals.alike(third, np.array([2]), banned)[0]] == [1]
+    assert refusals.alike(hops(x, x + 1, 0, ["1/2"]), np.array([2]), nobody) == {}
+    assert refusals.alike(hops(x, x, 1, ["1/2"]), np.array([2]), nobody) == {}
 
 
 def test_agreement_tolerates_rounding_and_nothing_else() -> None:
