@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from enum import StrEnum
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -100,8 +101,14 @@ def read_record(data: bytes, *, run: bytes, stage: int, peer: str, expires: floa
         raise ProtocolError(Reason.WRONG_PEER, f"record of {record.peer} under {peer}")
     if expires > record.stated + LIFETIME + _STORING:
         raise ProtocolError(Reason.EXPIRED, f"stated {expires - record.stated:.0f} s before its expiry")
-    check_signature(record.peer, DOMAIN, wire.encode(record), signed.signature)
+    _check_signature(record.peer, wire.encode(record), signed.signature)
     return record
+
+
+@lru_cache(maxsize=MAX_RECORDS)
+def _check_signature(peer: str, body: bytes, signature: bytes) -> None:
+    """Once for each record: the DHT shows the same one again and again. What is raised is not remembered."""
+    check_signature(peer, DOMAIN, body, signature)
 
 
 class RecordValidator(RecordValidatorBase):  # type: ignore[misc]

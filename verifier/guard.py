@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict, deque
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,11 +21,14 @@ from verifier import features
 from verifier.baseline import Centring, MeanTensor
 from verifier.streams import Direction, Floats, Peer
 
+_Seen: TypeAlias = npt.NDArray[np.float32]
+_Usual: TypeAlias = tuple[_Seen, float, _Seen]
+
 _ELEMENTS = 4096
 _FEWEST_PLACES = 4
 _LATEST = 24
-# While it is young it learns from every tensor, then from every second: learning costs as much as looking.
-_YOUNG, _LEARNS_EVERY = 64, 2
+# While it is young it learns from every tensor, then from every fourth: learning costs as much as looking.
+_YOUNG, _LEARNS_EVERY = 64, 4
 # What honest gradients do: in training their sizes change severalfold within a few microbatches, all at once. In logs,
 # so that three sizes have to be off by a factor of eight between them. Signs have no size.
 _FLOORS = {Direction.ACTIVATION: None, Direction.GRADIENT: np.array([0.3, 0.3, 0.0, 0.3])}
@@ -61,6 +66,7 @@ class Guard:
         self._centring = Centring(len(features.MARGINAL), _FLOORS[direction])
         self._latest = _Latest()
         self._places: torch.Tensor | None = None
+        self._usual: _Usual | None = None
         self.checked = self.flagged = 0
 
     def check(self, tensor: Tensor, sender: Peer) -> bool:
@@ -72,8 +78,9 @@ class Guard:
         if not is_odd:
             residuals = self._centring.residuals(values, 0, None)
             is_odd = math.sqrt(float(np.square(residuals).mean())) > self._limit
-            if not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY):
+            if not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0):
                 self._mean.update(torch.from_numpy(seen.mean(0)), 1)
+                self._usual = None
                 self._centring.learn(values, residuals)
         self.checked += 1
         self.flagged += is_odd
@@ -81,27 +88,27 @@ class Guard:
             self._centring.restart()
         return not is_odd
 
-    def _look(self, tensor: Tensor) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
+    def _look(self, tensor: Tensor) -> _Seen:
         """(B, P, W) the tokens at our places."""
         sequences, tokens, width = tensor.shape
         if self._places is None:
             count = min(tokens, max(_FEWEST_PLACES, _ELEMENTS // (sequences * width)))
             drawn = self._generator.choice(tokens, count, replace=False)
             self._places = torch.from_numpy(np.sort(drawn))
-        seen: np.ndarray[tuple[int, int, int], np.dtype[np.float32]] = (
+        seen: _Seen = (
             tensor.detach().index_select(1, self._places.to(tensor.device)).to("cpu", torch.float32).numpy()
         )
         return seen
 
-    def _distances(self, seen: np.ndarray[tuple[int, int, int], np.dtype[np.float32]]) -> Floats:
+    def _distances(self, seen: _Seen) -> Floats:
         """(4,) as `features.marginal_distances`."""
-        mean = seen.mean(0) if self._mean.value is None else self._mean.value.numpy()
+        if self._usual is None:
+            mean = seen.mean(0) if self._mean.value is None else self._mean.value.numpy()
+            self._usual = _usual_of(mean, len(seen))
+        mean, size, usual = self._usual
         away = (seen - mean).ravel()
-        size = math.sqrt(float(np.vdot(mean, mean)) / mean.size) + 1e-20
         flips = (1 - float(np.sign(seen * mean).sum()) / seen.size) / 2
-        directions = features.projections(seen.shape[-1]).numpy()
-        own = np.sort((seen.reshape(-1, seen.shape[-1]) @ directions).T, axis=1)
-        usual = np.sort((mean @ directions).T, axis=1).repeat(len(seen), axis=1)
+        own = _project(seen.reshape(-1, seen.shape[-1]))
         return np.array(
             [
                 float(np.abs(away).sum()) / away.size,
@@ -110,6 +117,17 @@ class Guard:
                 float(np.abs(own - usual).sum()) / own.size,
             ]
         )
+
+
+def _usual_of(mean: _Seen, sequences: int) -> _Usual:
+    """The mean (P, W), its root mean square, and its sorted projections, each as often as there are sequences."""
+    size = math.sqrt(float(np.vdot(mean, mean)) / mean.size) + 1e-20
+    return mean, size, _project(mean).repeat(sequences, axis=1)
+
+
+def _project(tokens: _Seen) -> _Seen:
+    """(directions, tokens) sorted projections of tokens (tokens, W)."""
+    return np.sort((tokens @ features.projections(tokens.shape[-1]).numpy()).T, axis=1)
 
 
 class LossGuard:
