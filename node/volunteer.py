@@ -83,7 +83,6 @@ class Volunteer:
         self._host: Host | None = None
         self._replica: Replica | None = None
         self._neighbours: dict[PeerId, StageRecord] = {}
-        self._meeting: set[PeerId] = set()
         self._began = self._looked_at = 0.0
 
     @property
@@ -259,18 +258,7 @@ class Volunteer:
         """Keep a link to each neighbour. One that was lost is dialled again without asking the DHT, which may be slow
         just then: it is the same peers that are gone."""
         for peer, record in self._neighbours.items():
-            link = self.replica.switchboard.links.get(peer)
-            if (link is None or not link.is_up) and peer not in self._meeting and self._tasks is not None:
-                self._meeting.add(peer)
-                self._tasks.spawn(self._meet(peer, record))
-
-    async def _meet(self, peer: PeerId, record: StageRecord) -> None:
-        try:
-            await self.replica.switchboard.connect(peer, record.addresses)
-        except ProtocolError:
-            return  # Tried again at the next turn.
-        finally:
-            self._meeting.discard(peer)
+            self.replica.switchboard.keep(peer, record.addresses)
 
     # --- serving ---
 

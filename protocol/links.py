@@ -236,6 +236,19 @@ class Switchboard:
             if not lock.locked():
                 self._dialling.pop(peer, None)
 
+    def keep(self, peer: PeerId, addresses: Iterable[str]) -> None:
+        """Dial `peer` in the background if there is no link to it; to be called now and then.
+
+        One attempt at a time: who hangs takes as long as it may.
+        """
+        link = self.links.get(peer)
+        if (link is None or not link.is_up) and peer not in self._dialling:
+            self._tasks.spawn(self._attempt(peer, addresses))
+
+    async def _attempt(self, peer: PeerId, addresses: Iterable[str]) -> None:
+        with suppress(ProtocolError):
+            await self.connect(peer, addresses)
+
     def _check_admitted(self, peer: PeerId) -> None:
         """Raises `ProtocolError`: banned, shut_out, or busy where there is no room for another link."""
         self._check_not_banned(peer)

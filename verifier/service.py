@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, time
@@ -74,7 +73,6 @@ class Verifier:
         self._tasks: TaskSet | None = None
         self._host: Host | None = None
         self._nodes: dict[PeerId, _Node] = {}
-        self._dialling: set[PeerId] = set()
         self._strangers: set[PeerId] = set()
         """Named by nodes as their neighbours, and not known to us; as of the last listening."""
         self._met_at, self._listened_at = -MEET_EVERY, 0.0
@@ -160,7 +158,7 @@ class Verifier:
                 node.lost_at = None
             elif not self.votes.is_banned(peer):
                 node.lost_at, node.cursor = node.lost_at or now, 0
-                self._dial(peer, node.addresses)
+                self._switchboard.keep(peer, node.addresses)
 
     async def _look_up(self) -> None:
         found = await asyncio.gather(*(self._directory.peers(stage) for stage in range(self._stages)))
@@ -174,17 +172,6 @@ class Verifier:
             if not self.votes.is_banned(peer):
                 node = self._nodes.setdefault(peer, _Node(record.stage, now))
                 node.throughput, node.addresses = record.throughput, record.addresses
-
-    def _dial(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """One attempt at a time: who hangs takes as long as it may."""
-        if peer not in self._dialling and self._tasks is not None:
-            self._dialling.add(peer)
-            self._tasks.spawn(self._connect(peer, addresses))
-
-    async def _connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        with suppress(ProtocolError):
-            await self._switchboard.connect(peer, addresses)
-        self._dialling.discard(peer)
 
     async def _listen(self) -> None:
         if monotonic() - self._listened_at < LISTEN_EVERY and not self._spokesman.accused():

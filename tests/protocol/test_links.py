@@ -347,3 +347,19 @@ async def test_a_stream_that_comes_while_its_link_closes_is_no_offence(pair: Pai
                 pass
     theirs.close()
     assert stranger not in answering._penalties and not answering.refusals.counts[Reason.MALFORMED]
+
+
+async def test_a_link_is_kept_with_one_attempt_at_a_time(pair: Pair, hosts: list[Host]) -> None:
+    answering, asking, link = pair
+    peer, addresses = hosts[0].peer_id, await hosts[0].addresses()
+    asking.keep(peer, addresses)
+    assert not asking._dialling, "there is a link already"
+    asking._close(link)
+    for _ in range(3):
+        asking.keep(peer, addresses)
+    async with asyncio.timeout(10):
+        renewed = await asking.connect(peer, addresses)
+        await renewed.settled.wait()
+    assert renewed.is_up and renewed is not link
+    assert len(renewed.streams) == 1
+    asking.keep(PeerId(Identity.generate().peer_id), ())  # Nobody's: that it fails is not raised anywhere.
