@@ -490,5 +490,5 @@ class Switchboard:
 
 def _is_ping_due(link: Link, silent: float, is_timed: bool) -> bool:
     if link.dialled:
-        return is_timed or silent > 2 * HEARTBEAT
-    return silent > 3 * HEARTBEAT
+        return is_timed or silent > 3 * HEARTBEAT
+    return silent > 4 * HEARTBEAT

@@ -24,7 +24,7 @@ from verifier.streams import Direction, Floats, Peer
 _Seen: TypeAlias = npt.NDArray[np.float32]
 _Usual: TypeAlias = tuple[_Seen, float, _Seen]
 
-_ELEMENTS = 4096
+_ELEMENTS = 2048
 _FEWEST_PLACES = 4
 _LATEST = 24
 # While it is young it learns from every tensor, then from every fourth: learning costs as much as looking.
@@ -74,7 +74,8 @@ class Guard:
         seen = self._look(tensor)
         distances = self._distances(seen)
         values = features.log_marginal(distances[None])
-        is_odd = not np.isfinite(values).all()
+        # Where all elements are the same there is nothing of the text in it, however near to the mean they are.
+        is_odd = not np.isfinite(values).all() or float(np.ptp(seen)) == 0.0
         if not is_odd:
             residuals = self._centring.residuals(values, 0, None)
             is_odd = math.sqrt(float(np.square(residuals).mean())) > self._limit

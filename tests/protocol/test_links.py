@@ -350,7 +350,7 @@ async def test_a_stream_that_comes_while_its_link_closes_is_no_offence(pair: Pai
 
 
 async def test_a_link_is_kept_with_one_attempt_at_a_time(pair: Pair, hosts: list[Host]) -> None:
-    answering, asking, link = pair
+    _, asking, link = pair
     peer, addresses = hosts[0].peer_id, await hosts[0].addresses()
     asking.keep(peer, addresses)
     assert not asking._dialling, "there is a link already"

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from verifier import attacks, features
+from verifier import features
 from verifier.attacks import View
 from verifier.guard import Guard, LossGuard
+from verifier.saboteur import parse_attack
 from verifier.streams import Direction
 
 SHAPE = (4, 64, 32)
@@ -47,13 +48,14 @@ def test_honest_streams_pass_while_training_changes_them() -> None:
     assert guard.flagged <= 0.005 * guard.checked
 
 
-@pytest.mark.parametrize("attack", [attacks.Zeros, attacks.Random, attacks.Flip, attacks.Scale, attacks.Nan])
-def test_gross_corruption_is_flagged(attack: type[attacks.Attack]) -> None:
-    guard, generator = taught()
+@pytest.mark.parametrize("attack", ["zeros", "constant:1", "random", "flip", "scale:3", "nan"])
+@pytest.mark.parametrize("seed", range(4))
+def test_gross_corruption_is_flagged(attack: str, seed: int) -> None:
+    guard, generator = taught(seed=seed)
     output = honest(generator)
     view = View(Direction.ACTIVATION, 1, 3, 7, "peer0", output, {})
-    corrupt = attack(seed=1).corrupt(output, view)
-    if attack is attacks.Nan:
+    corrupt = parse_attack(attack)(1).corrupt(output, view)
+    if attack == "nan":
         corrupt[:] = torch.nan  # One element may be at a place that it does not look at.
     assert not guard.check(corrupt, "peer0")
     assert guard.check(output, "peer1")
