@@ -136,6 +136,10 @@ class Centring:
         little = max(self.adapting, min(0.15, 4 / self._seen))
         self._scale = np.maximum(self._scale * np.exp(little * beyond), self._floor)
 
+    def scales(self) -> tuple[list[float], list[float]] | None:
+        """Centre and scale of each feature, if ready: what `residuals` uses where there is no group."""
+        return (self._centre.tolist(), self._scale.tolist()) if self.ready else None
+
     def knows(self, round: int) -> bool:
         """Whether a group of this round has been seen, so that its other hops are compared with that."""
         return self._step is not None and self._step[0] == round

@@ -22,6 +22,8 @@ TOKENS = ("worst_turn", "longest_step", "shortest_step", "highest_push", "lowest
 _TINY = 1e-20
 # Below this share of changed signs a logarithm would only magnify counting noise.
 _SIGN_FLOOR = 1e-3
+LEAST = (_TINY, _TINY, _SIGN_FLOOR, _TINY)
+"""What is added to each marginal distance before its logarithm is taken."""
 
 
 @cache
@@ -55,7 +57,7 @@ def marginal_distances(outputs: Tensor, mean: Tensor, directions: Tensor) -> Flo
 
 def log_marginal(distances: Floats) -> Floats:
     """Marginal distances on logarithmic scales: (N, 4)."""
-    logs: Floats = np.log(distances + np.array([_TINY, _TINY, _SIGN_FLOOR, _TINY]))
+    logs: Floats = np.log(distances + np.array(LEAST))
     return logs
 
 

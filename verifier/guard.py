@@ -2,14 +2,15 @@
 
 The paper's check on the statistics of `verifier.features`, on the tokens at a few places that the receiver draws by
 itself and tells nobody: a corruption of the whole tensor shows there as well as anywhere, and looking at every element
-of every tensor would cost more than the check is worth. In numpy, where an operation on so few numbers costs a fraction
-of what it costs in torch.
+of every tensor would cost more than the check is worth. In NumPy, and plain floats where there are four of them: when
+a stage has worked, nothing of this is in a cache any more, so it is the number of operations that costs.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from verifier import features
 from verifier.baseline import Centring, MeanTensor
-from verifier.streams import Direction, Floats, Peer
+from verifier.streams import Direction, Peer
 
 _Seen: TypeAlias = npt.NDArray[np.float32]
 _Usual: TypeAlias = tuple[_Seen, float, _Seen]
@@ -67,27 +68,43 @@ class Guard:
         self._latest = _Latest()
         self._places: torch.Tensor | None = None
         self._usual: _Usual | None = None
+        self._scales: tuple[list[float], list[float]] | None = None
         self.checked = self.flagged = 0
 
     def check(self, tensor: Tensor, sender: Peer) -> bool:
         """Whether a tensor (B, T, W) of any floating dtype, on any device, may be used."""
         seen = self._look(tensor)
         distances = self._distances(seen)
-        values = features.log_marginal(distances[None])
-        # Where all elements are the same there is nothing of the text in it, however near to the mean they are.
-        is_odd = not np.isfinite(values).all() or float(np.ptp(seen)) == 0.0
-        if not is_odd:
-            residuals = self._centring.residuals(values, 0, None)
-            is_odd = math.sqrt(float(np.square(residuals).mean())) > self._limit
-            if not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0):
-                self._mean.update(torch.from_numpy(seen.mean(0)), 1)
-                self._usual = None
-                self._centring.learn(values, residuals)
+        is_odd = self._is_odd(seen, distances)
+        if not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0):
+            self._learn(seen, distances)
         self.checked += 1
         self.flagged += is_odd
         if self._latest.note(sender, is_odd):
             self._centring.restart()
+            self._scales = None
         return not is_odd
+
+    def _is_odd(self, seen: _Seen, distances: Sequence[float]) -> bool:
+        if not all(map(math.isfinite, distances)):
+            return True
+        # Where every token is the same there is nothing of the text in it, however near to the mean it is.
+        if bool((seen == seen[0, 0]).all()):
+            return True
+        if self._scales is None:
+            self._scales = self._centring.scales()
+        if self._scales is None:
+            return False
+        squares = 0.0
+        for distance, least, centre, scale in zip(distances, features.LEAST, *self._scales, strict=True):
+            squares += ((math.log(distance + least) - centre) / scale) ** 2
+        return math.sqrt(squares / len(distances)) > self._limit
+
+    def _learn(self, seen: _Seen, distances: Sequence[float]) -> None:
+        values = features.log_marginal(np.array([distances]))
+        self._centring.learn(values, self._centring.residuals(values, 0, None))
+        self._mean.update(torch.from_numpy(seen.mean(0)), 1)
+        self._usual = self._scales = None
 
     def _look(self, tensor: Tensor) -> _Seen:
         """(B, P, W) the tokens at our places."""
@@ -101,8 +118,8 @@ class Guard:
         )
         return seen
 
-    def _distances(self, seen: _Seen) -> Floats:
-        """(4,) as `features.marginal_distances`."""
+    def _distances(self, seen: _Seen) -> tuple[float, float, float, float]:
+        """As `features.marginal_distances`."""
         if self._usual is None:
             mean = seen.mean(0) if self._mean.value is None else self._mean.value.numpy()
             self._usual = _usual_of(mean, len(seen))
@@ -110,13 +127,11 @@ class Guard:
         away = (seen - mean).ravel()
         flips = (1 - float(np.sign(seen * mean).sum()) / seen.size) / 2
         own = _project(seen.reshape(-1, seen.shape[-1]))
-        return np.array(
-            [
-                float(np.abs(away).sum()) / away.size,
-                math.sqrt(float(np.vdot(away, away)) / away.size) / size,
-                flips,
-                float(np.abs(own - usual).sum()) / own.size,
-            ]
+        return (
+            float(np.abs(away).sum()) / away.size,
+            math.sqrt(float(np.vdot(away, away)) / away.size) / size,
+            flips,
+            float(np.abs(own - usual).sum()) / own.size,
         )
 
 
