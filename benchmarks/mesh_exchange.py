@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.mesh_config import MeshConfig
 from benchmarks.mesh_court import MeshCourt
 from benchmarks.mesh_crew import Crew, peer_name
+from protocol.votes import Verdict
 from verifier.attacks import View
 from verifier.detector import Detector
 from verifier.streams import Ban, Direction, Hops, Judgement, Mask, StageIndex
@@ -82,7 +83,7 @@ class Boundary:
             if not len(pending):
                 break
             sent = self._send(crossing, pending)
-            refused = self._judge(sent)
+            refused = self._judge(sent, is_retry=attempt > 0)
             usable = ~refused & sent.delivered & _finite(sent.outputs)
             if len(pending) == len(passed) and usable.all():
                 passed = sent.outputs
@@ -154,28 +155,29 @@ class Boundary:
         )
         return saboteur.send(crossing.honest[row], view)
 
-    def _judge(self, hops: Hops) -> Mask:
-        """Have the sampled hops judged and carry out the bans. (N,) which hops are refused."""
+    def _judge(self, hops: Hops, *, is_retry: bool) -> Mask:
+        """Have the hops judged, if sampled, and carry out the bans. (N,) which hops are refused."""
         begun, cpu = time.perf_counter(), time.process_time()
-        refused = np.zeros(len(hops), dtype=np.bool_)
-        sampled = self._sample(hops)
-        if sampled.any():
-            rows = np.flatnonzero(sampled)
-            judged = hops if len(rows) == len(hops) else hops.take(rows)
-            judgement: Judgement = self._detector.judge(judged, self._court)
-            refused[rows] = judgement.refused
+        refused: Mask = np.zeros(len(hops), dtype=np.bool_)
+        if is_retry or self._is_sampled(hops):
+            judgement: Judgement = self._detector.judge(hops, self._court)
+            refused = judgement.refused
             self._enforce(judgement)
         self.tally.verify_seconds += time.perf_counter() - begun
         self.tally.verify_cpu_seconds += time.process_time() - cpu
         self._count(hops, refused)
         return refused
 
-    def _sample(self, hops: Hops) -> Mask:
-        """Every hop at sampling 1; else a random share, and what the guard finds odd."""
-        if self._config.sampling >= 1:
-            return np.ones(len(hops), dtype=np.bool_)
-        drawn: Mask = self._sampler.random(len(hops)) < self._config.sampling
-        return drawn | self._detector.guard(hops)
+    def _is_sampled(self, hops: Hops) -> bool:
+        """A random share of steps, and those in which a suspect has part or the guard finds something odd.
+
+        Whole steps, so that the replicas of one moment can be compared, as in a live verifier's panels.
+        """
+        if self._config.sampling >= 1 or self._sampler.random() < self._config.sampling:
+            return True
+        if any(self._detector.standing(peer).verdict is not Verdict.OK for peer in hops.peers):
+            return True
+        return bool(self._detector.guard(hops).any())
 
     def _enforce(self, judgement: Judgement) -> None:
         for ban in judgement.bans:

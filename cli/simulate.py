@@ -52,7 +52,7 @@ def simulate(
     width: Annotated[int, typer.Option(help="Width of the model.")] = 64,
     context: Annotated[int, typer.Option(help="Tokens a sequence.")] = 64,
     microbatch: Annotated[int, typer.Option(help="Sequences a microbatch.")] = 2,
-    sampling: Annotated[float, typer.Option(help="Share of tensors that are judged in full.")] = 1.0,
+    sampling: Annotated[float, typer.Option(help="Share of steps that are judged in full.")] = 1.0,
     malicious_ends: Annotated[
         bool, typer.Option("--malicious-ends", help="Attackers in the first and last stages too.")
     ] = False,
