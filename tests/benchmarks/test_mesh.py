@@ -20,8 +20,11 @@ from benchmarks.mesh_stage import MeshOptimizer, MeshStage
 from cli.main import app
 from node.trainer import StageTrainer
 from protocol.errors import UserError
+from protocol.votes import Verdict
+from verifier.detector import Court, Detector
+from verifier.ladder import Standing
 from verifier.registry import make_detector
-from verifier.streams import Direction, Hops
+from verifier.streams import Direction, Hops, Judgement, Mask
 
 TINY = MeshConfig(
     replicas=4,
@@ -119,6 +122,43 @@ def test_old_weights_are_those_of_so_many_rounds_ago() -> None:
     stage.begin_round()
     assert torch.equal(stage.redo_activation(0, 2), outputs[-3])
     assert not torch.equal(outputs[-1], outputs[-3])
+
+
+class Spy(Detector):
+    """Judges nothing, and remembers what it was shown: (stage, hops). It refuses one hop of `refusing`, once."""
+
+    def __init__(self, suspect: str = "", odd: int = -1, refusing: int = -1) -> None:
+        self.suspect, self.odd, self.refusing = suspect, odd, refusing
+        self.shown: list[tuple[int, int]] = []
+
+    def judge(self, hops: Hops, court: Court) -> Judgement:
+        self.shown.append((hops.stage, len(hops)))
+        refused = np.zeros(len(hops), dtype=np.bool_)
+        if hops.stage == self.refusing and len(hops) > 1:
+            refused[0] = True
+        return Judgement(refused)
+
+    def guard(self, hops: Hops) -> Mask:
+        return np.arange(len(hops)) == (0 if hops.stage == self.odd else -1)
+
+    def standing(self, peer: str) -> Standing:
+        return Standing(Verdict.SUSPECT if peer == self.suspect else Verdict.OK)
+
+
+@pytest.mark.parametrize(
+    ("spy", "shown"),
+    [
+        (Spy(), set()),
+        (Spy(suspect="2/1"), {(2, 4)}),
+        (Spy(odd=1), {(1, 4)}),
+        (Spy(odd=1, refusing=1), {(1, 4), (1, 1)}),
+    ],
+)
+def test_what_is_not_sampled_is_judged_where_the_guard_a_suspect_or_a_retry_calls_for_it(
+    spy: Spy, shown: set[tuple[int, int]]
+) -> None:
+    Mesh(replace(TINY, sampling=1e-9), spy).play(0)
+    assert set(spy.shown) == shown
 
 
 def test_attackers_sit_where_they_can_attack() -> None:
