@@ -50,6 +50,10 @@ async def rounds_go_on(observer: Observer, what: str, count: int = 3) -> None:
     await until(observer, lambda: newest(observer) >= start + count, timeout=120, what=f"more rounds {what}")
 
 
+def has_sampled(observer: Observer) -> bool:
+    return sum(effort.sampled for effort in observer.efforts.values()) > 0
+
+
 def banned(observer: Observer) -> list[str]:
     verdicts = observer.votes.verdicts()
     return [peer for peer, verdict in verdicts.items() if verdict is Verdict.BANNED]
@@ -102,17 +106,27 @@ async def hiccup(process: Process) -> None:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("rounds", [14, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [20, pytest.param(300, marks=pytest.mark.slow)])
 async def test_without_an_attacker_nobody_is_held_to_be_one(tmp_path: Path, rounds: int) -> None:
     """One node is slow and jittery, and a verifier dies meanwhile; the others go on, and the run does not notice."""
     async with local_swarm(defended(tmp_path), tmp_path) as swarm, watching(swarm) as observer:
         populate(swarm, None)
-        await until(observer, lambda: newest(observer) >= 5, timeout=200, what="five rounds")
+        await until(
+            observer,
+            lambda: newest(observer) >= 10 and len(observer.efforts) == VERIFIERS,
+            timeout=200,
+            what="ten rounds, and each verifier",
+        )
         swarm.verifiers[0].kill()
         (slow,) = [node for node in swarm.nodes if node.name == f"node{STAGES * REPLICAS}-stage{SLOW[0]}"]
         hiccups = asyncio.create_task(hiccup(slow))
         try:
-            await until(observer, lambda: newest(observer) >= rounds, timeout=1000, what=f"{rounds} rounds")
+            await until(
+                observer,
+                lambda: newest(observer) >= rounds and has_sampled(observer),
+                timeout=1000,
+                what=f"{rounds} rounds, and samples",
+            )
         finally:
             hiccups.cancel()
             await asyncio.gather(hiccups, return_exceptions=True)
@@ -127,6 +141,4 @@ async def test_without_an_attacker_nobody_is_held_to_be_one(tmp_path: Path, roun
         assert sum(one.refused.get("flagged", 0) for one in metrics) <= 0.005 * sum(
             one.guarded for one in metrics
         )
-        assert sum(effort.sampled for effort in observer.efforts.values()) > 0
-        assert len(observer.efforts) == VERIFIERS
         swarm.check_alive(but=swarm.verifiers[:1])
