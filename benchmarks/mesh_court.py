@@ -8,7 +8,7 @@ from benchmarks.mesh_crew import Crew, Worker
 from benchmarks.mesh_stage import MeshStage
 from verifier.audit import agrees
 from verifier.detector import Hearing
-from verifier.streams import Direction, Hops
+from verifier.streams import Direction, Hops, quorum_of
 
 # In forward passes: to check a gradient, the forward pass is needed again and the backward pass costs two.
 COST = {Direction.ACTIVATION: 1.0, Direction.GRADIENT: 3.0}
@@ -28,7 +28,7 @@ class MeshCourt:
         self.spent = 0.0
 
     def quorum(self, hops: Hops) -> int:
-        return (len(self._crew.active(hops.stage)) - 1) // 2 + 1
+        return quorum_of(len(self._crew.active(hops.stage)))
 
     def most(self, hops: Hops) -> float:
         return COST[hops.direction] * (len(self._crew.active(hops.stage)) - 1)

@@ -18,7 +18,7 @@ from benchmarks.mesh_crew import Crew, peer_name
 from protocol.votes import Verdict
 from verifier.attacks import View
 from verifier.detector import Detector
-from verifier.streams import Ban, Direction, Hops, Judgement, Mask, StageIndex
+from verifier.streams import Ban, Direction, Hops, Judgement, Mask, StageIndex, quorum_of
 
 Rows = npt.NDArray[np.intp]
 Redo = Callable[[int, int], Tensor]
@@ -69,7 +69,7 @@ class Boundary:
         self._crew = crew
         self._detector = detector
         self._court = court
-        self._attempts = max(config.retries, (config.replicas - 1) // 2) + 1
+        self._attempts = max(config.retries + 1, quorum_of(config.replicas))
         self._sampler = np.random.default_rng((config.seed, 3))
         self.tally = Tally()
 

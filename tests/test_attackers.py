@@ -45,7 +45,7 @@ def newest(observer: Observer) -> int:
     return max((sighting.metrics.version for sighting in observer.sightings.values()), default=-1)
 
 
-async def rounds_go_on(observer: Observer, what: str, count: int = 3) -> None:
+async def rounds_go_on(observer: Observer, what: str, count: int = 5) -> None:
     start = newest(observer)
     await until(observer, lambda: newest(observer) >= start + count, timeout=120, what=f"more rounds {what}")
 
@@ -90,7 +90,7 @@ async def test_the_attacker_is_banned_and_nobody_else(tmp_path: Path, attack: st
         assert again.process.exitcode == BANNED, "it came back"
         newcomer = swarm.join(1)
         await until(observer, lambda: newcomer.peer in observer.sightings, timeout=60, what="the newcomer")
-        await rounds_go_on(observer, "with a newcomer")
+        await rounds_go_on(observer, "with a newcomer", 3)
         assert banned(observer) == [attacker.peer]
         assert sum(sighting.metrics.to_banned for sighting in observer.sightings.values()) == 0
         swarm.check_alive(but=[attacker, again])
@@ -141,4 +141,6 @@ async def test_without_an_attacker_nobody_is_held_to_be_one(tmp_path: Path, roun
         assert sum(one.refused.get("flagged", 0) for one in metrics) <= 0.005 * sum(
             one.guarded for one in metrics
         )
+        assert has_sampled(observer)
+        assert len(observer.efforts) == VERIFIERS
         swarm.check_alive(but=swarm.verifiers[:1])

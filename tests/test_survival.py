@@ -25,13 +25,13 @@ def versions(observer: Observer, nodes: Sequence[Process]) -> list[int]:
 
 
 async def rounds_go_on(observer: Observer, nodes: Sequence[Process], what: str) -> None:
-    """Every one of `nodes` closes two more rounds."""
+    """Every one of `nodes` closes three more rounds."""
     start = max(versions(observer, nodes))
     await until(
         observer,
-        lambda: min(versions(observer, nodes)) >= start + 2,
+        lambda: min(versions(observer, nodes)) >= start + 3,
         timeout=PATIENCE,
-        what=f"two more rounds {what}",
+        what=f"three more rounds {what}",
     )
 
 

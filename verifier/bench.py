@@ -18,7 +18,7 @@ from verifier.conduct import Conduct
 from verifier.detector import Hearing
 from verifier.exhibits import Work
 from verifier.sentinel import Screening, Sentinel, Settings
-from verifier.streams import Direction, Hops, Stream
+from verifier.streams import Direction, Hops, Stream, quorum_of
 from verifier.tribunal import PRICE, Finding
 
 _NOTHING = b"\0" * 32
@@ -57,7 +57,7 @@ class Bench:
 
     def screen(self, works: Sequence[Work], round: int, replicas: int) -> Screening:
         """Measure the works of one stream; `replicas` serve the stage."""
-        return self._sentinel.screen(hops_of(works, round), (replicas - 1) // 2 + 1)
+        return self._sentinel.screen(hops_of(works, round), quorum_of(replicas))
 
     def worth_hearing(
         self, screening: Screening, works: Sequence[Work], accused: Collection[PeerId]

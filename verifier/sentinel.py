@@ -188,9 +188,9 @@ class Sentinel(Detector):
         transition_residuals = None
         if transition is not None:
             transition_residuals = state.transition.residuals(transition, hops.round, group)
-        scores = self._scores(marginal_residuals, transition_residuals)
-        unspread = scores / self._cascade.discount(hops, scores.shape[1])
-        raw, scores = scores, unspread / state.spread.discount(unspread, hops.round, group)
+        raw = self._scores(marginal_residuals, transition_residuals)
+        unspread = raw / self._cascade.discount(hops, raw.shape[1])
+        scores = unspread / state.spread.discount(unspread, hops.round, group)
         scores = np.where(valid[:, None], scores, np.inf)
         p = p_values(scores, state.reference)
         gains = self._gains(hops, state, valid, p, scores, quorum)

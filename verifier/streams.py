@@ -24,6 +24,11 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 Stream: TypeAlias = tuple[StageIndex, Direction]
 
 
+def quorum_of(replicas: int) -> int:
+    """How many of a stage's replicas attackers can never be, as long as they are a minority of them."""
+    return (replicas - 1) // 2 + 1
+
+
 @dataclass(frozen=True)
 class Hops:
     """N hops of one stream.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from verifier.detector import Hearing
-from verifier.streams import Direction, Hops
+from verifier.streams import Direction, Hops, quorum_of
 
 WIDTH, TOKENS, BATCH = 16, 24, 2
 
@@ -47,7 +47,7 @@ class NoCourt:
         self.replicas = replicas
 
     def quorum(self, hops: Hops) -> int:
-        return (self.replicas - 1) // 2 + 1
+        return quorum_of(self.replicas)
 
     def most(self, hops: Hops) -> float:
         return float("inf")
