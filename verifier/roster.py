@@ -41,7 +41,7 @@ class Roster:
 
 def in_turns(rows: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
     """Positions in `rows`, split so that within each part every row is different: for updates by index."""
-    if len(np.unique(rows)) == len(rows):
+    if len(set(rows.tolist())) == len(rows):
         return [np.arange(len(rows))]
     turn = np.array([(rows[:place] == row).sum() for place, row in enumerate(rows)])
     return [np.flatnonzero(turn == number) for number in range(int(turn.max()) + 1)]

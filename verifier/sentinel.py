@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from protocol.votes import Verdict
@@ -107,7 +108,7 @@ class Screening:
     marginal_residuals: Floats
     transition: Floats | None
     transition_residuals: Floats | None
-    steps: Tensor | None
+    steps: features.Singles | None
     raw: Floats
     unspread: Floats
     scores: Floats
@@ -236,12 +237,14 @@ class Sentinel(Detector):
 
         One a peer: those to whom refused work was handed have several, and could else be the majority of hops.
         """
-        trusted = np.flatnonzero(valid & (self._evidence(rows) < self._ladder.top / 3))
-        peers, first = np.unique(rows[trusted], return_index=True)
-        if not self.settings.centring or len(set(hops.peers)) < 2 * quorum - 1 or not len(peers):
+        if not self.settings.centring or len(set(hops.peers)) < 2 * quorum - 1:
+            return None
+        trusted = np.flatnonzero(valid & (self._evidence(rows) < self._ladder.top / 3)).tolist()
+        first = {int(rows[place]): place for place in reversed(trusted)}
+        if not first:
             return None
         group = np.zeros(len(hops), dtype=np.bool_)
-        group[trusted[first]] = True
+        group[list(first.values())] = True
         return group
 
     def _odd(self, state: _StreamState, scores: Floats, relative: Floats, valid: Mask, p: Floats) -> Mask:
@@ -291,15 +294,14 @@ class Sentinel(Detector):
             return None
         return state.by_token.expect(hops.inputs, self._mean(hops, state).mean(0))
 
-    def _transition(self, hops: Hops, state: _StreamState) -> tuple[Floats, Tensor] | tuple[None, None]:
+    def _transition(
+        self, hops: Hops, state: _StreamState
+    ) -> tuple[Floats, features.Singles] | tuple[None, None]:
         """Features (N, F) and mean steps (N, W), if what went in can be had."""
         inputs = self._inputs(hops, state)
         if inputs is None:
             return None, None
-        steps, usual = features.mean_steps(inputs, hops.outputs), state.mean_step.value
-        if usual is None:
-            usual = steps.nanmedian(0).values
-        return features.transition(inputs, hops.outputs, steps, usual), steps
+        return features.transition(inputs, hops.outputs, state.mean_step.value)
 
     def _valid(self, hops: Hops, marginal: Floats) -> Mask:
         """What arrived and is finite. L2 sums every element, so it is finite only if they all are."""
@@ -394,17 +396,20 @@ class Sentinel(Detector):
 
     def _forgive_a_majority(self, screening: Screening) -> None:
         """If more of a stage's peers are all but banned than attackers can be, it is the stream that has changed."""
-        rows = np.unique(screening.rows)
-        accused = rows[(self._evidence(rows) >= self._ladder.top * 2 / 3) & ~self._banned[rows]]
+        accused = self._all_but_banned(screening.rows)
         if screening.in_group and len(accused) >= screening.quorum:
             for row in accused:
-                self._capital.forget(int(row))
-                self._violations.forget(int(row))
+                self._capital.forget(row)
+                self._violations.forget(row)
+
+    def _all_but_banned(self, rows: npt.NDArray[np.intp]) -> set[int]:
+        """Those of the rows that are two thirds of the way to a ban."""
+        close = (self._evidence(rows) >= self._ladder.top * 2 / 3) & ~self._banned[rows]
+        return set(rows[close].tolist())
 
     def _can_all_be_guilty(self, screening: Screening) -> bool:
         """Whether those of the stage that are banned or nearly so are no more than a minority of its peers."""
-        rows = np.unique(screening.rows)
-        nearly = int(((self._evidence(rows) >= self._ladder.top * 2 / 3) & ~self._banned[rows]).sum())
+        nearly = len(self._all_but_banned(screening.rows))
         banned = self._bans.get(screening.hops.stage, 0)
         return nearly + banned <= (2 * screening.quorum - 2 + banned) // 2
 
@@ -433,11 +438,11 @@ class Sentinel(Detector):
         if state.marginal.ready:
             state.spread.learn(screening.unspread[chosen])
         hops = hops if len(chosen) == len(hops) else hops.take(chosen)
-        state.mean.update(hops.outputs.flatten(0, 1).mean(0), len(hops))
+        state.mean.update(features.mean_tensor(hops.outputs), len(hops))
         state.marginal.learn(screening.marginal[chosen], screening.marginal_residuals[chosen])
         if screening.transition is not None and screening.transition_residuals is not None:
             assert screening.steps is not None
-            state.mean_step.update(screening.steps[chosen].mean(0), len(hops))
+            state.mean_step.update(torch.from_numpy(screening.steps[chosen].mean(0)), len(hops))
             state.transition.learn(screening.transition[chosen], screening.transition_residuals[chosen])
         if hops.from_tokens:
             assert hops.inputs is not None
@@ -479,5 +484,5 @@ class Sentinel(Detector):
 
 
 def _size(residuals: Floats) -> Floats:
-    size: Floats = np.sqrt(np.square(residuals).mean(1))
+    size: Floats = np.sqrt(np.square(residuals).sum(1) / residuals.shape[1])
     return size
