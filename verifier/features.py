@@ -45,10 +45,10 @@ def marginal_distances(outputs: Tensor, mean: Tensor, directions: Tensor) -> Flo
     known; these are the plain readings of their names.
     """
     sent, usual = _array(outputs), _array(mean)
-    away = sent - usual
-    rows = away.reshape(len(sent), -1)
     distances = np.empty((len(sent), len(MARGINAL)))
     with np.errstate(all="ignore"):  # What is not finite shows as such.
+        away = sent - usual
+        rows = away.reshape(len(sent), -1)
         scale = max(float(np.vdot(usual, usual) / usual.size) ** 0.5, _TINY)
         distances[:, 1] = np.sqrt(np.vecdot(rows, rows) / rows.shape[1]) / scale
         distances[:, 0] = _sizes(rows)
@@ -106,9 +106,9 @@ def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor | None) -> tup
     """
     count, *_, width = outputs.shape
     x, y = (_array(one).reshape(count, -1, width) for one in (inputs, outputs))
-    step = y - x
-    rows = step.reshape(count, -1)
     with np.errstate(all="ignore"):  # What is not finite shows as such in the features.
+        step = y - x
+        rows = step.reshape(count, -1)
         steps = _ones(step.shape[1]) @ step / step.shape[1]
         usual = _array(torch.from_numpy(steps).nanmedian(0).values if mean_step is None else mean_step)
         xx, yy, dd = (np.vecdot(one, one).astype(np.float64) for one in (x, y, step))
