@@ -42,6 +42,7 @@ _CHECKPOINT_EVERY = 30.0
 _LEAVE_WITHIN = 10.0
 _WITHDRAW_WITHIN = 3.0
 _STATE_WITHIN = 20.0
+_REACHABLE_WITHIN = 5.0
 _STATE_POLL = 0.2
 _ACQUAINTANCES = 3
 _HOLDS_STATE = (PeerState.SERVING, PeerState.WAITING, PeerState.FINISHED)
@@ -210,7 +211,7 @@ class Volunteer:
                 and await replica.rounds.resync()
             ):
                 return
-            if monotonic() > began + quiet and not await self._is_stage_served():
+            if monotonic() > began + quiet and not await self._is_stage_served(began + _REACHABLE_WITHIN):
                 break
             await asyncio.sleep(_STATE_POLL)
         else:
@@ -232,12 +233,28 @@ class Volunteer:
         rounds = replica.manifest.schedule.rounds
         return min(versions[len(versions) // 2], rounds) if versions else -1
 
-    async def _is_stage_served(self) -> bool:
+    async def _is_stage_served(self, reachable_from: float) -> bool:
+        """Whether somebody is on record who holds the state; from that moment on, somebody who can be reached: the
+        records of those who crashed stay for a while."""
         try:
             records = await self._directory.peers(self.replica.stage)
         except ProtocolError:
             return True  # For all we know.
-        return any(peer != self.peer_id and record.state in _HOLDS_STATE for peer, record in records.items())
+        holders = {
+            peer: record.addresses
+            for peer, record in records.items()
+            if peer != self.peer_id and record.state in _HOLDS_STATE
+        }
+        if monotonic() < reachable_from:
+            return bool(holders)
+        return any(await asyncio.gather(*(self._is_reachable(*holder) for holder in holders.items())))
+
+    async def _is_reachable(self, peer: PeerId, addresses: Sequence[str]) -> bool:
+        try:
+            await self.replica.switchboard.connect(peer, addresses)
+        except ProtocolError:
+            return False
+        return True
 
     async def _look_around(self) -> None:
         """Read who serves our own stage and those beside it: often at first and while a stage is missing, then seldom,
