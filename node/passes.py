@@ -152,7 +152,8 @@ class StagePasses:
     def redo(
         self, direction: Direction, version: int, inputs: memoryview, tokens: Tensor | None, sequence: int
     ) -> memoryview:
-        """One sequence's pass again, with the weights of `version`: the activation or the gradient, as it would go out.
+        """One sequence's pass again, with the weights of `version`: the activation or the gradient, as it would go out;
+        a head's activation with its labels.
 
         `inputs`: see `protocol.samples.Redo`; `tokens` (sequences, context + 1): a head's, for its activation. Raises
         `ProtocolError`: malformed, or expired for a version whose weights are not kept.
@@ -171,7 +172,8 @@ class StagePasses:
             if sequence >= count:
                 raise ProtocolError(Reason.MALFORMED, f"sequence {sequence}")
             made = self.trainer.redo(version, tokens[sequence : sequence + 1, :-1].contiguous())
-            return encode_tensor(made, self.header.codec)
+            labels = bytes_of(tokens[sequence, 1:].to(torch.int32))
+            return memoryview(b"".join((encode_tensor(made, self.header.codec), labels)))
         x = decode_tensor(inputs[: header.size], header, self._device)
         more = inputs[header.size :]
         if direction is Direction.ACTIVATION:

@@ -90,7 +90,8 @@ class Redo(wire.Message, frozen=True):
 
 
 class Redone(wire.Message, frozen=True):
-    """`size` bytes of tensor, the first of them as payload, made with the weights of this `state`."""
+    """`size` bytes of tensor, and of a head's activation its labels, the first of them as payload. They were made with
+    the weights of this `state`."""
 
     size: Natural
     state: StateMark

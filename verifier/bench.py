@@ -77,14 +77,22 @@ class Bench:
         self, screening: Screening, works: Sequence[Work], findings: Mapping[int, Finding], now: float
     ) -> None:
         """Learn from a stream's works and from what was found of them, by place."""
+        for work in works:
+            if work.is_relabelled:
+                self._convict(
+                    work,
+                    Cause.RECEIPTS,
+                    "by its own receipts it put other labels in the place of those it was sent",
+                )
         hearings = {}
         for place, finding in findings.items():
             work, guilty = works[place], finding.guilty
-            if guilty and work.state is not None and work.state != finding.state:
+            is_stray = work.state is not None and work.state != finding.state
+            if guilty and is_stray and not finding.is_relabelled:
                 self._stray_states[work.peer] = work.state
                 guilty = None
             elif guilty:
-                self._convict(work, finding)
+                self._convict(work, Cause.RECOMPUTED, _outcome(finding, guilty))
             elif guilty is False:
                 self.conduct.return_to_fold(work.peer)
             self._note(work, _outcome(finding, guilty))
@@ -109,12 +117,9 @@ class Bench:
     def _is_known_stray(self, work: Work) -> bool:
         return work.state is not None and self._stray_states.get(work.peer) == work.state
 
-    def _convict(self, work: Work, finding: Finding) -> None:
-        text = (
-            f"{work.direction} of stage {work.stage} at weights {work.receipt.version}: {finding.asked} replicas that "
-            f"did it again got something else ({finding.difference:.0%} off)"
-        )
-        self._convicted.setdefault(work.peer, (Cause.RECOMPUTED, text, work.evidence))
+    def _convict(self, work: Work, cause: Cause, what: str) -> None:
+        text = f"{work.direction} of stage {work.stage} at weights {work.receipt.version}: {what}"
+        self._convicted.setdefault(work.peer, (cause, text, work.evidence))
 
     def _note(self, work: Work, what: str) -> None:
         notes = self._notes.setdefault(work.peer, deque(maxlen=MAX_WORDS))
@@ -148,6 +153,8 @@ class Bench:
 
 
 def _outcome(finding: Finding, guilty: bool | None) -> str:
+    if guilty and finding.is_relabelled:
+        return f"{finding.asked} replicas that drew the same samples have other labels for them"
     if guilty:
         return f"{finding.asked} replicas that did it again got something else ({finding.difference:.0%} off)"
     if finding.guilty:

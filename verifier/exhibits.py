@@ -120,6 +120,18 @@ class Work:
         return self.output.receipt
 
     @property
+    def is_heads(self) -> bool:
+        """Whether it is a head's activation, which is made of samples that any head can draw."""
+        return self.stage == 0 and self.direction is Direction.ACTIVATION
+
+    @property
+    def is_relabelled(self) -> bool:
+        """Whether an activation went on with other labels than had come with its input: what its sender has signed."""
+        if self.direction is Direction.GRADIENT or self.source is None:
+            return False
+        return bytes(self.output.labels) != bytes(self.source.labels)
+
+    @property
     def evidence(self) -> bytes:
         """The digest of the receipts that this rests on."""
         parts = (one for one in (self.output, self.source, self.forward) if one is not None)

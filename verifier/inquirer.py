@@ -97,11 +97,13 @@ class Inquirer:
             if offset >= len(inputs):
                 break
         redone = wire.decode(Redone, body)
-        size = redone.size
-        if size != self._row.size:
-            raise ProtocolError(Reason.MALFORMED, f"{size} bytes redone")
-        whole = await self._rest(link, number, size, answer)
-        return Answer(decode_tensor(whole, self._row, _CPU), redone.state)
+        size = self._row.size
+        labels_size = 4 * self._row.shape[1] if work.is_heads else 0
+        if redone.size != size + labels_size:
+            raise ProtocolError(Reason.MALFORMED, f"{redone.size} bytes redone")
+        whole = await self._rest(link, number, redone.size, answer)
+        labels = bytes(whole[size:]) if labels_size else None
+        return Answer(decode_tensor(whole[:size], self._row, _CPU), redone.state, labels)
 
     async def _rest(self, link: Link, number: int, size: int, first: memoryview) -> memoryview:
         whole = bytearray(first)

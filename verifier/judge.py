@@ -176,7 +176,7 @@ class Judge:
     async def _examine(self, panel: Sequence[Journey], accused: Collection[PeerId]) -> set[PeerId]:
         found = await asyncio.gather(*(self._look_at(journey) for journey in panel))
         works = [work for some in found for work in some if not self._is_banned(work.peer)]
-        suspects = {*accused, *(peer for journey in panel for peer in journey.flagged.values())}
+        suspects = {*accused, *(peer for journey in panel for peer in journey.blamed(self._stages))}
         for (stage, _), group in streams_of(works):
             replicas = self._replicas(stage)
             screening = await self._in_thread(self.bench.screen, group, self._round, len(replicas))

@@ -41,6 +41,14 @@ class Journey:
     """The weights that each holder says it used; whoever is not in it has not spoken for itself yet."""
     drawn: bool = False
 
+    def blamed(self, stages: int) -> set[PeerId]:
+        """Whose work on it others should do again: who sent what was flagged; and where a tail flagged it, as it does
+        for its loss, the head too, whose labels may be others than the text's."""
+        blamed = set(self.flagged.values())
+        if (stages - 1, Direction.ACTIVATION) in self.flagged and 0 in self.path:
+            blamed.add(self.path[0])
+        return blamed
+
 
 class Traffic:
     """The latest `MAX_KNOWN` microbatches."""

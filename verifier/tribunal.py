@@ -27,10 +27,11 @@ FEWEST_WITNESSES = 2
 
 @dataclass(frozen=True)
 class Answer:
-    """What a witness made, (1, T, W), and with which weights."""
+    """What a witness made, (1, T, W), and with which weights; of a head's activation also the labels that it has."""
 
     tensor: Tensor
     state: bytes
+    labels: bytes | None = None
 
 
 Redo = Callable[[PeerId, Work], Awaitable[Answer]]
@@ -39,13 +40,15 @@ Redo = Callable[[PeerId, Work], Awaitable[Answer]]
 @dataclass(frozen=True)
 class Finding:
     """`guilty` is None if too few could say. `difference` is relative to what the witnesses got, in L2 norm; `state`
-    the weights that they had; `liars` are witnesses that the others contradict."""
+    the weights that they had; `liars` are witnesses that the others contradict; `is_relabelled` says that the labels
+    differ."""
 
     guilty: bool | None
     asked: int
     difference: float = 0.0
     state: bytes = b""
     liars: tuple[PeerId, ...] = ()
+    is_relabelled: bool = False
 
 
 async def hear(work: Work, witnesses: Sequence[PeerId], redo: Redo, generator: random.Random) -> Finding:
@@ -64,7 +67,8 @@ async def hear(work: Work, witnesses: Sequence[PeerId], redo: Redo, generator: r
         except ProtocolError:
             continue
         asked += 1
-        if agrees(work.output.tensor, answer.tensor):
+        is_relabelled = answer.labels not in (None, bytes(work.output.labels))
+        if not is_relabelled and agrees(work.output.tensor, answer.tensor):
             # Of other weights something else is made: that is no lie.
             liars = tuple(peer for peer, other in against if other.state == answer.state)
             return Finding(False, asked, liars=liars)
@@ -72,10 +76,12 @@ async def hear(work: Work, witnesses: Sequence[PeerId], redo: Redo, generator: r
         same = [
             peer
             for peer, other in against
-            if other.state == answer.state and agrees(other.tensor, answer.tensor)
+            if (other.state, other.labels) == (answer.state, answer.labels)
+            and agrees(other.tensor, answer.tensor)
         ]
         if len(same) >= needed:
-            return Finding(True, asked, _difference(work.output.tensor, answer.tensor), answer.state)
+            difference = _difference(work.output.tensor, answer.tensor)
+            return Finding(True, asked, difference, answer.state, is_relabelled=is_relabelled)
     return Finding(None, asked)
 
 

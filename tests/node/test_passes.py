@@ -55,6 +55,18 @@ def test_a_covered_slot_is_computed_but_not_accumulated(chain: list[StagePasses]
     assert chain[0].slots == chain[1].slots == []
 
 
+@pytest.mark.parametrize("sequence", [0, 1])
+def test_a_heads_activation_done_again_has_its_labels(chain: list[StagePasses], sequence: int) -> None:
+    tokens = open_corpus(small_manifest(stages=2)).draw(3)
+    output = inject(chain, 3).output
+    assert output is not None
+    tensor, labels = (bytes(part) for part in output.parts)
+    made = bytes(chain[0].redo(Direction.ACTIVATION, 0, memoryview(b""), tokens, sequence))
+    size, own = len(tensor) // len(tokens), len(labels) // len(tokens)
+    assert made[:size] == tensor[sequence * size : (sequence + 1) * size]
+    assert made[size:] == labels[sequence * own : (sequence + 1) * own]
+
+
 class _FlagsAll:
     def check(self, tensor: torch.Tensor, sender: str) -> bool:
         return False

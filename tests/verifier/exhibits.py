@@ -66,11 +66,12 @@ class Trip:
         tensor: Tensor | None = None,
         made_of: bytes | None = None,
         signer: Identity | None = None,
+        labels: memoryview = LABELS,
         **changes: Any,
     ) -> Sent:
         """Receipt a tensor and hand it over; made of what the sender was sent, unless told otherwise."""
         own = torch.randn(HEADER.shape) if tensor is None else tensor
-        parts = (bytes_of(own), LABELS) if direction is Direction.ACTIVATION else (bytes_of(own),)
+        parts = (bytes_of(own), labels) if direction is Direction.ACTIVATION else (bytes_of(own),)
         content: dict[str, Any] = {
             "run": RUN,
             "microbatch": self.microbatch,

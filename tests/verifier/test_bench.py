@@ -76,6 +76,26 @@ def test_who_had_said_that_its_weights_are_others_is_not_banned() -> None:
     assert bench.opinion(PEERS[0], 20.0).cause is Cause.RECOMPUTED
 
 
+def test_who_replaced_labels_is_banned_by_its_own_receipts_without_a_hearing() -> None:
+    bench = Bench(Settings(recompute=0.0))
+    works = panel(Stage(), 1, None)
+    others = bytes(len(works[0].output.labels))
+    works[0] = replace(works[0], output=replace(works[0].output, labels=others))
+    bench.record(bench.screen(works, 1, 3), works, {}, 0.0)
+    opinion = bench.opinion(PEERS[0], 0.0)
+    assert opinion.verdict is Verdict.BANNED and opinion.cause is Cause.RECEIPTS and "labels" in opinion.text
+    assert all(bench.opinion(peer, 0.0).verdict is Verdict.OK for peer in PEERS[1:])
+
+
+def test_other_labels_are_not_excused_by_other_weights() -> None:
+    bench = Bench(Settings(recompute=0.0))
+    works = panel(Stage(), 1, None, THEIRS)
+    finding = Finding(True, 2, 0.0, OURS, is_relabelled=True)
+    bench.record(bench.screen(works, 1, 3), works, {0: finding}, 0.0)
+    opinion = bench.opinion(PEERS[0], 0.0)
+    assert opinion.verdict is Verdict.BANNED and "other labels" in opinion.text
+
+
 def test_honest_panels_leave_everybody_alone() -> None:
     bench, stage = Bench(Settings(recompute=0.0)), Stage()
     asked = 0

@@ -10,7 +10,7 @@ import torch
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import Identity
 from protocol.receipts import Direction
-from tests.verifier.exhibits import HEADER, SEQUENCES, Trip
+from tests.verifier.exhibits import HEADER, LABELS, SEQUENCES, Trip
 from verifier.exhibits import Exposure, read_exhibit, works_of
 
 ACTIVATION, GRADIENT = Direction.ACTIVATION, Direction.GRADIENT
@@ -115,6 +115,19 @@ def test_colluding_neighbours_that_show_a_clean_pair_are_judged_by_it() -> None:
     (guilty,) = [work for work in works if work.peer == trip.peer(1) and work.direction is ACTIVATION]
     assert guilty.source is not None
     assert torch.equal(guilty.source.tensor, clean[:1]) and not guilty.output.tensor.any()
+
+
+@pytest.mark.parametrize("sequence", range(SEQUENCES))
+def test_labels_that_a_stage_replaced_are_seen_by_its_own_receipts(sequence: int) -> None:
+    trip = Trip()
+    trip.send(1, 2, ACTIVATION, labels=memoryview(bytes(len(LABELS))))
+    trip.send(2, 1, GRADIENT, made_of=trip.output_digest(2, ACTIVATION))
+    trip.send(1, 0, GRADIENT)
+    works, exposures = works_of({key: trip.show(*key, sequence) for key in trip.sent}, 3, sequence, {})
+    assert not exposures and len(works) == 4
+    assert [(work.peer, work.direction) for work in works if work.is_relabelled] == [
+        (trip.peer(1), ACTIVATION)
+    ]
 
 
 def test_what_was_not_shown_is_not_judged() -> None:

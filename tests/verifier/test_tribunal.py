@@ -93,3 +93,17 @@ async def test_a_witness_with_other_weights_is_no_liar() -> None:
 async def test_what_is_not_finite_is_guilty() -> None:
     finding, _ = await try_work(torch.full_like(RIGHT, torch.nan), [Answer(RIGHT, OURS)] * 2)
     assert finding.guilty is True and finding.difference == float("inf")
+
+
+@pytest.mark.parametrize("labels", [b"other labels", b""])
+async def test_a_right_tensor_with_wrong_labels_is_guilty(labels: bytes) -> None:
+    finding, _ = await try_work(RIGHT, [Answer(RIGHT, OURS, labels)] * 2)
+    assert finding.guilty is True and finding.is_relabelled and finding.difference == 0.0
+
+
+async def test_labels_that_a_lying_witness_makes_up_convict_nobody() -> None:
+    own = bytes(work(RIGHT).output.labels)
+    for seed in range(4):
+        lies = [Answer(RIGHT, OURS, b"other labels"), Answer(RIGHT, OURS, own)]
+        finding, witnesses = await try_work(RIGHT, lies, seed)
+        assert finding.guilty is False and set(finding.liars) <= {witnesses[0]}
