@@ -20,6 +20,7 @@ Wiring = Literal["random", "fixed"]
 AttackDirection = Literal["activation", "gradient", "both"]
 
 _HEAD_WIDTH = 16
+_TOKENS_A_THREAD = 512
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ class MeshConfig:
     @property
     def workers(self) -> int:
         return self.replicas * self.stages
+
+    @property
+    def useful_threads(self) -> int:
+        """Threads that a stage's batch gives work to: with 256 tokens a second one saves 6% of the time and takes a
+        whole processor, with 1,024 it saves a quarter."""
+        return max(1, self.replicas * self.microbatch * self.context // _TOKENS_A_THREAD)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

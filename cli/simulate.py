@@ -109,9 +109,12 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> Any:
 
 
 def _run(config: MeshConfig) -> dict[str, Any]:
+    import torch
+
     from benchmarks.mesh import run_mesh
     from benchmarks.mesh_report import summarise
 
+    torch.set_num_threads(min(torch.get_num_threads(), config.useful_threads))
     columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("rounds", total=config.rounds)
