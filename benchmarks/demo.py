@@ -103,7 +103,8 @@ class DemoView:
         if not self.losses:
             self.meter.start(self.swarm.processes)
         self.meter.read(self.swarm.processes)
-        while (loss := self.observer.round_loss(len(self.losses))) is not None:
+        rounds = self.manifest.schedule.rounds
+        while len(self.losses) < rounds and (loss := self.observer.round_loss(len(self.losses))) is not None:
             self.losses.append(loss)
             self.closed_at.append(monotonic())
 

@@ -80,10 +80,12 @@ class Injector:
         return slot
 
     def _limit(self) -> int:
-        """Microbatches in flight from this head: all heads together one round's, so that gradients stay fresh."""
+        """Microbatches in flight from this head: all heads together one round's at most, and in the overlapped schedule
+        no more than keep the stages busy, so that gradients stay fresh."""
+        manifest, pipeline = self._replica.manifest, self._replica.pipeline
         heads = max(1, len(self._replica.heads.replicas()))
-        share = -(-self._replica.manifest.batch.microbatches // heads)
-        return min(self._replica.pipeline.capacity, share)
+        share = min(pipeline.capacity, -(-manifest.batch.microbatches // heads))
+        return share if manifest.schedule.kind == "synchronous" else min(share, pipeline.window.size)
 
     async def _may_begin(self) -> bool:
         """Before the first round: whether every stage has the replicas that the manifest asks for."""

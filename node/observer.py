@@ -27,6 +27,8 @@ from protocol.votes import Verdict
 
 _MAX_PEERS = 4096
 _ASKED = 8
+_HEARD_OF = 6.0
+"""Seconds after its last report for which a peer is reckoned with."""
 _LATE_ROUNDS = 4
 """Rounds after which a slot that has not come back will not come any more."""
 
@@ -136,13 +138,19 @@ class Observer:
         return monotonic() - sighting.at
 
     def round_loss(self, round_: int) -> float | None:
-        """Mean loss of a round's slots in nats a token; None until all of them are known, or the round is long over."""
+        """Mean loss of a round's slots in nats a token; None until all of them are known, or no more will be: every
+        tail that is still heard of has closed the rounds in which the others could have come."""
         manifest = self.signed.manifest
         size, rounds = manifest.batch.microbatches, manifest.schedule.rounds
         known = [self.losses.get(slot) for slot in range(round_ * size, (round_ + 1) * size)]
         values = [loss for loss in known if loss is not None]
-        heads = [one.metrics.version for one in self.sightings.values() if one.metrics.stage == 0]
-        is_long_over = max(heads, default=0) >= min(round_ + _LATE_ROUNDS, rounds)
+        last = manifest.stages.count - 1
+        tails = [
+            one.metrics.version
+            for one in self.sightings.values()
+            if one.metrics.stage == last and self.seconds_since(one) < _HEARD_OF
+        ]
+        is_long_over = min(tails, default=0) >= min(round_ + _LATE_ROUNDS, rounds)
         return sum(values) / len(values) if len(values) == size or (values and is_long_over) else None
 
     async def stop(self) -> None:

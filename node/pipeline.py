@@ -19,8 +19,9 @@ from torch import Tensor
 from node.compute import ComputeThread, Urgency
 from node.flights import FinishedStore, Flight, Held, Outgoing, Phase
 from node.passes import Forwarded, Returned, StagePasses
-from node.progress import StageProgress
+from node.progress import ROUNDS_AHEAD, StageProgress
 from node.routing import Router
+from node.window import Window
 from protocol import receipts, wire
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import Identity, PeerId
@@ -38,7 +39,8 @@ FLIGHT_TIMEOUT = 60.0
 COOL_DOWN = 1.0
 _SUSPECTS_BURDEN = 4.0
 """A suspect gets a quarter of the work that it would get otherwise."""
-_MAX_EARLY_ROUNDS = 2
+_MAX_EARLY_ROUNDS = ROUNDS_AHEAD + 1
+"""A head may be a version before us."""
 _MAX_GRANT = 1024
 _MAX_CREDIT = 4096
 _MAX_BACKLOG = MAX_BACKLOG // 2
@@ -75,6 +77,8 @@ class Pipeline:
         )
         self._on_change = on_change
         self._router = Router()
+        self.window = Window()
+        """On a head: how many microbatches it should have in flight."""
         self._unused: dict[PeerId, int] = {}
         """Activations that each sender may still send."""
         self._credit: dict[PeerId, int] = {}
@@ -435,6 +439,8 @@ class Pipeline:
     def _finish(self, flight: Flight, result: Returned) -> None:
         """The stage's work on this microbatch is done: answer, keep the evidence, free the rest."""
         self.counts["microbatches"] += 1
+        if flight.previous is None:
+            self.window.note(monotonic() - flight.began, len(self.flights))
         if result.loss is not None:
             self.losses.setdefault(flight.id.slot, result.loss)  # Of a later attempt: later weights.
         flight.answer, flight.answer_version = result.answer, result.version

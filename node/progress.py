@@ -20,6 +20,8 @@ from protocol.requests import MAX_ROSTER
 
 LIVE_FOR = 6.0
 """Seconds for which a replica's last report counts."""
+ROUNDS_AHEAD = 2
+"""How many rounds after its own a head injects slots of, in the overlapped schedule."""
 _SETTLED_ROUNDS = 3
 _WORKING = (PeerState.SERVING, PeerState.WAITING, PeerState.LEAVING, PeerState.FINISHED)
 
@@ -111,14 +113,16 @@ class StageProgress:
 def open_slots(manifest: Manifest, version: int, *, beyond: bool = False) -> range:
     """The slots that a head at `version` may inject.
 
-    In the synchronous schedule those of its round. In the overlapped one also those of the next round, to keep long
-    links busy, and of late ones, where a slot that was lost may still be missing. There, `beyond`, slots after the
-    run's last one stand in for those that were lost too long ago: rounds are counted in gradients.
+    In the synchronous schedule those of its round. In the overlapped one also those of the next two, since over long
+    links a round's worth is under way and another one's gradients are being averaged meanwhile; and of late ones, where
+    a slot that was lost may still be missing. There, `beyond`, slots after the run's last one stand in for those that
+    were lost too long ago: rounds are counted in gradients.
     """
     size, last = manifest.batch.microbatches, manifest.schedule.rounds - 1
     if manifest.schedule.kind == "synchronous":
         return range(version * size, (version + 1) * size)
-    end = version + 1 if beyond else min(version + 1, last)
+    end = version + ROUNDS_AHEAD
+    end = end if beyond else min(end, last)
     return range(max(0, version - _SETTLED_ROUNDS + 1) * size, (end + 1) * size)
 
 

@@ -145,7 +145,7 @@ def test_a_head_that_leaves_draws_no_more() -> None:
     assert next_slot(heads, B, 0, set()) == 0
 
 
-@pytest.mark.parametrize("kind, last", [("synchronous", M), ("overlapped", 2 * M)])
+@pytest.mark.parametrize("kind, last", [("synchronous", M), ("overlapped", 3 * M)])
 def test_heads_run_ahead_in_the_overlapped_schedule_only(kind: str, last: int) -> None:
     heads = stage(kind, a=report())
     assert next_slot(heads, A, 0, set(range(last - 1))) == last - 1
