@@ -39,7 +39,8 @@ class Window:
             # Rate times shortest trip, since the rate is `in_flight / seconds` (Little's law).
             unqueued = in_flight * min(self._shortest, self._shortest_before) / seconds
             self._size += (_GAIN * unqueued + _QUEUED - self._size) / self._size
-        self._left -= 1
+        # Of the window as it is now: one that has shrunk for a longer way should soon learn of it.
+        self._left = min(self._left, _CRUISE * self._size) - 1
         if self._left <= 0:
             self._turn()
 

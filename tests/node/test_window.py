@@ -62,7 +62,7 @@ def test_it_follows_a_way_that_becomes_longer() -> None:
     window = Window()
     for _ in range(200):
         window.note(0.1, window.size)
-    for _ in range(600):
+    for _ in range(300):
         window.note(0.3, window.size)
     sizes = []
     for _ in range(100):
