@@ -208,18 +208,21 @@ async def test_with_a_member_that_never_answers_it_fails_for_all(
 
 
 @peers3
-async def test_a_mean_that_is_not_finite_or_of_another_size_fails(peers: list[Peer]) -> None:
+@pytest.mark.parametrize(
+    "payload, reason", [(b"\xff" * 1600, Reason.NOT_FINITE), (b"", Reason.MALFORMED)], ids=["nan", "empty"]
+)
+async def test_a_mean_that_is_not_finite_or_of_another_size_fails(
+    peers: list[Peer], payload: bytes, reason: Reason
+) -> None:
+    async def lie(link: Link, body: bytes, asked: memoryview) -> Answer:
+        return b"", memoryview(bytearray(payload[: len(asked)]))
+
     roster = roster_of(peers, [1, 1, 1])
-    for payload, reason in ((b"\xff" * 1600, Reason.NOT_FINITE), (b"", Reason.MALFORMED)):
-
-        async def lie(link: Link, body: bytes, asked: memoryview, payload: bytes = payload) -> Answer:
-            return b"", memoryview(bytearray(payload[: len(asked)]))
-
-        peers[1].switchboard.methods[ROUND_PART] = lie
-        peers[2].begin(roster)
-        with pytest.raises(ProtocolError) as caught:
-            await peers[0].begin(roster).run()
-        assert caught.value.reason is reason
+    peers[1].switchboard.methods[ROUND_PART] = lie
+    peers[2].begin(roster)
+    with pytest.raises(ProtocolError) as caught:
+        await peers[0].begin(roster).run()
+    assert caught.value.reason is reason
 
 
 @peers3
