@@ -25,6 +25,7 @@ from protocol.codec import (
     decode_tensor,
     digest,
     encode_tensor,
+    leaves_of,
     payload_digest,
     split_payload,
 )
@@ -32,7 +33,7 @@ from protocol.errors import ProtocolError, Reason
 from protocol.manifest import Manifest
 from protocol.receipts import Receipt, SignedReceipt
 from protocol.samples import STATE_BYTES
-from verifier.guard import Guard, LossGuard
+from verifier.guard import Guard, LossGuard, Repeats
 from verifier.streams import Direction
 
 _MAX_FLAGGED = 256
@@ -77,6 +78,7 @@ class StagePasses:
             if policy.verifiers
             else {}
         )
+        self._repeats = Repeats()
         self._loss_guard = LossGuard() if policy.verifiers and trainer.module.is_last else None
         self.guard_seconds = 0.0
         self._flagged: OrderedDict[tuple[int, Direction], set[str]] = OrderedDict()
@@ -272,25 +274,27 @@ class StagePasses:
 
     def _read(self, received: Held, direction: Direction) -> Tensor:
         parts = split_payload(self.header, received.payload)
-        if payload_digest(self.header, *parts) != received.digest:
+        leaves = leaves_of(self.header, *parts)
+        if digest(*leaves) != received.digest:
             raise ProtocolError(Reason.WRONG_DIGEST)
         x = decode_tensor(parts[0], self.header, self._device)
         # One pass without a mask in memory: the sum is finite only if every element is.
         if not bool(torch.isfinite(x.sum())):
             raise ProtocolError(Reason.NOT_FINITE)
-        self._ask_guard(x, received, direction)
+        self._ask_guard(x, leaves[: len(x)], received, direction)
         return x
 
-    def _ask_guard(self, x: Tensor, received: Held, direction: Direction) -> None:
-        """Raises `ProtocolError` (flagged)."""
+    def _ask_guard(self, x: Tensor, leaves: Sequence[bytes], received: Held, direction: Direction) -> None:
+        """`leaves`: digests of the tensor's sequences. Raises `ProtocolError` (flagged)."""
         guard, signed = self.guards.get(direction), received.receipt
         if guard is None or signed is None:
             return
-        began = thread_time()
-        passes = guard.check(x, signed.receipt.sender)
+        began, receipt = thread_time(), signed.receipt
+        is_new = self._repeats.check(receipt.sender, digest(*leaves), receipt.input)
+        passes = guard.check(x, receipt.sender) and is_new
         self.guard_seconds += thread_time() - began
         if not passes:
-            self._flag(signed.receipt)
+            self._flag(receipt)
 
     def _check_loss(self, signed: SignedReceipt | None, loss: float) -> None:
         """Raises `ProtocolError` (flagged)."""

@@ -146,6 +146,27 @@ def _project(tokens: _Seen) -> _Seen:
     return np.sort((tokens @ features.projections(tokens.shape[-1]).numpy()).T, axis=1)
 
 
+class Repeats:
+    """Of one receiver: whether a sender's tensor came from it before, made of something else.
+
+    No two inputs give an honest stage the same output to the last bit; who sends what it sent before, whatever it was
+    given, does. By digests, which are there anyway: it costs a look-up. Of one sender, or others could make its own
+    look repeated.
+    """
+
+    _remembered = 4096
+
+    def __init__(self) -> None:
+        self._inputs: OrderedDict[tuple[Peer, bytes], bytes] = OrderedDict()
+
+    def check(self, sender: Peer, tensor: bytes, made_of: bytes) -> bool:
+        """Whether a tensor of this digest may be used, which its sender says it made of an input of that digest."""
+        known = self._inputs.setdefault((sender, tensor), made_of)
+        if len(self._inputs) > self._remembered:
+            self._inputs.popitem(last=False)
+        return known == made_of
+
+
 class LossGuard:
     """Of a last stage: whether the loss that an activation led to may be learned from.
 

@@ -75,7 +75,7 @@ class Verifier:
         self._nodes: dict[PeerId, _Node] = {}
         self._strangers: set[PeerId] = set()
         """Named by nodes as their neighbours, and not known to us; as of the last listening."""
-        self._met_at, self._listened_at = -MEET_EVERY, 0.0
+        self._met_at, self._turn, self._lead = -MEET_EVERY, 0, 0.0
 
     # --- joining ---
 
@@ -92,6 +92,9 @@ class Verifier:
                 f"This run's manifest does not name {self.peer_id} as a verifier",
                 "Give the key that `init` wrote with --identity, or ask the operator to name this peer",
             )
+        # By the clock and one after another: what is odd is soon seen by one of us, and what one has seen all look at.
+        rank = sorted(electorate.verifiers).index(self.peer_id)
+        self._lead = LISTEN_EVERY * rank / len(electorate.verifiers)
         self._stages = signed.manifest.stages.count
         self._expected = self._stages * signed.manifest.schedule.min_replicas
         self._directory = await Directory.join(host, signed.run, self._stages, reader=True)
@@ -174,9 +177,10 @@ class Verifier:
                 node.throughput, node.addresses = record.throughput, record.addresses
 
     async def _listen(self) -> None:
-        if monotonic() - self._listened_at < LISTEN_EVERY and not self._spokesman.accused():
+        turn = int((time() + self._lead) // LISTEN_EVERY)
+        if turn == self._turn and not self._spokesman.accused():
             return
-        self._listened_at = monotonic()
+        self._turn = turn
         before = self.judge.traffic.finished
         await asyncio.gather(*(self._listen_to(peer, link) for peer, link in self._links.items()))
         self.judge.earn(self.judge.traffic.finished - before)

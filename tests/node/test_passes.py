@@ -67,6 +67,35 @@ def test_a_heads_activation_done_again_has_its_labels(chain: list[StagePasses], 
     assert made[size:] == labels[sequence * own : (sequence + 1) * own]
 
 
+def sworn(held: Held, sender: Identity, slot: int, attempt: int = 0, made_of: bytes = b"i" * 32) -> Held:
+    """The same payload with its sender's receipt."""
+    receipt = Receipt(
+        b"r" * 32, MicrobatchId(sender.peer_id, slot, attempt), Direction.ACTIVATION, 0, 0, made_of,
+        held.digest, sender.peer_id, sender.peer_id,
+    )  # fmt: skip
+    return Held(held.payload, SignedReceipt.sign(receipt, sender), held.digest)
+
+
+class _PassesAll:
+    def check(self, tensor: torch.Tensor, sender: str) -> bool:
+        return True
+
+
+def test_a_tensor_that_came_before_is_flagged_though_labels_and_receipt_are_new(
+    chain: list[StagePasses],
+) -> None:
+    tail, sender = chain[1], Identity.generate()
+    tail.guards = {Direction.ACTIVATION: _PassesAll()}  # type: ignore[dict-item]
+    first, second = received(inject(chain, 0)), received(inject(chain, 1))
+    size = tail.header.size
+    mixed = memoryview(bytearray(bytes(first.payload[:size]) + bytes(second.payload[size:])))
+    again = Held(mixed, None, payload_digest(tail.header, *split_payload(tail.header, mixed)))
+    assert tail.tail(sworn(first, sender, 0), 0, covered=True).loss is not None
+    assert tail.tail(sworn(second, sender, 1, made_of=b"j" * 32), 1, covered=True).loss is not None
+    with pytest.raises(ProtocolError, match="flagged"):
+        tail.tail(sworn(again, sender, 2, made_of=b"k" * 32), 2, covered=True)
+
+
 class _FlagsAll:
     def check(self, tensor: torch.Tensor, sender: str) -> bool:
         return False
@@ -78,11 +107,7 @@ def test_a_text_that_is_odd_by_itself_is_not_lost_for_ever(chain: list[StagePass
     tail.guards = {Direction.ACTIVATION: _FlagsAll()}  # type: ignore[dict-item]
 
     def sent_by(sender: Identity, slot: int = 0, attempt: int = 0) -> Held:
-        receipt = Receipt(
-            b"r" * 32, MicrobatchId(sender.peer_id, slot, attempt), Direction.ACTIVATION, 0, 0, b"i" * 32,
-            plain.digest, sender.peer_id, sender.peer_id,
-        )  # fmt: skip
-        return Held(plain.payload, SignedReceipt.sign(receipt, sender), plain.digest)
+        return sworn(plain, sender, slot, attempt)
 
     one, other = Identity.generate(), Identity.generate()
     for attempt in range(2):

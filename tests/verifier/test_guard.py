@@ -11,7 +11,7 @@ from torch import Tensor
 
 from verifier import features
 from verifier.attacks import View
-from verifier.guard import Guard, LossGuard
+from verifier.guard import Guard, LossGuard, Repeats
 from verifier.saboteur import parse_attack
 from verifier.streams import Direction
 
@@ -136,3 +136,20 @@ def test_a_hard_text_that_comes_again_is_not_held_against_its_sender() -> None:
     for _ in range(20):
         assert guard.check(6.0, "peer0", is_retry=True)
     assert guard.check(losses(generator, 200), "peer0")
+
+
+def test_the_same_tensor_of_another_input_is_a_repeat_of_its_sender_alone() -> None:
+    repeats = Repeats()
+    assert repeats.check("a", b"tensor", b"one")
+    assert repeats.check("a", b"tensor", b"one"), "the same work, sent again"
+    assert not repeats.check("a", b"tensor", b"two")
+    assert repeats.check("b", b"tensor", b"two"), "what another sent first says nothing of this one"
+
+
+def test_what_was_sent_long_ago_is_forgotten() -> None:
+    repeats = Repeats()
+    for number in range(5000):
+        assert repeats.check("a", number.to_bytes(4), b"one")
+    assert repeats.check("a", (0).to_bytes(4), b"two")
+    assert not repeats.check("a", (4999).to_bytes(4), b"two")
+    assert len(repeats._inputs) <= 4096
