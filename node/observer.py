@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, time
 
+from node.progress import LIVE_FOR
 from protocol import wire
 from protocol.ballots import Ballots
 from protocol.directory import Directory, StageRecord
@@ -27,8 +28,6 @@ from protocol.votes import Verdict
 
 _MAX_PEERS = 4096
 _ASKED = 8
-_HEARD_OF = 6.0
-"""Seconds after its last report for which a peer is reckoned with."""
 _LATE_ROUNDS = 4
 """Rounds after which a slot that has not come back will not come any more."""
 
@@ -148,7 +147,7 @@ class Observer:
         tails = [
             one.metrics.version
             for one in self.sightings.values()
-            if one.metrics.stage == last and self.seconds_since(one) < _HEARD_OF
+            if one.metrics.stage == last and self.seconds_since(one) < LIVE_FOR
         ]
         is_long_over = min(tails, default=0) >= min(round_ + _LATE_ROUNDS, rounds)
         return sum(values) / len(values) if len(values) == size or (values and is_long_over) else None
