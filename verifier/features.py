@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from verifier.streams import Floats
+from verifier.streams import Floats, Mask
 
 MARGINAL = ("l1", "l2", "sign_flips", "sliced_wasserstein")
 TRANSITION = ("turn", "sign_changes", "step_size", "push", "mean_step", "mean_step_turn", "step_shape")
@@ -24,6 +24,8 @@ Singles = npt.NDArray[np.float32]
 _TINY = 1e-20
 # Below this share of changed signs a logarithm would only magnify counting noise.
 _SIGN_FLOOR = 1e-3
+# Numbers that a core keeps at hand: three arrays of as many are 768 KiB.
+_CACHED = 1 << 16
 LEAST = (_TINY, _TINY, _SIGN_FLOOR, _TINY)
 """What is added to each marginal distance before its logarithm is taken."""
 
@@ -47,17 +49,21 @@ def marginal_distances(outputs: Tensor, mean: Tensor, directions: Tensor) -> Flo
     sent, usual = _array(outputs), _array(mean)
     distances = np.empty((len(sent), len(MARGINAL)))
     with np.errstate(all="ignore"):  # What is not finite shows as such.
-        away = sent - usual
-        rows = away.reshape(len(sent), -1)
+        rows = (sent - usual).reshape(len(sent), -1)
         scale = max(float(np.vdot(usual, usual) / usual.size) ** 0.5, _TINY)
         distances[:, 1] = np.sqrt(np.vecdot(rows, rows) / rows.shape[1]) / scale
         distances[:, 0] = _sizes(rows)
-        # The memory is used again: a fresh array costs more than what is done with it.
-        distances[:, 2] = _changed_signs(np.multiply(sent, usual, out=away).reshape(rows.shape))
+        distances[:, 2] = _changed_signs(sent, usual)
         sliced = _sorted_projections(sent.reshape(len(sent), -1, sent.shape[-1]), directions)
         reference = _sorted_projections(usual[None], directions).repeat(sent.shape[1], axis=2)
         distances[:, 3] = np.abs(sliced - reference).sum((1, 2)) / sliced[0].size
     return distances
+
+
+def _blocks(hops: Singles) -> list[slice]:
+    """Slices of hops (N, ...) of as many as stay in a core's cache from one operation to the next."""
+    each = max(1, _CACHED // max(1, hops[0].size))
+    return [slice(start, start + each) for start in range(0, len(hops), each)]
 
 
 def _array(tensor: Tensor) -> Singles:
@@ -76,12 +82,17 @@ def _sizes(rows: Singles) -> Singles:
     return sizes
 
 
-def _changed_signs(products: Singles) -> Floats:
-    """(N,) share of products (N, elements) of two numbers whose signs differ; a zero counts half."""
-    below, above = products < 0, products > 0
-    counts = [np.count_nonzero(b) - np.count_nonzero(a) for a, b in zip(above, below, strict=True)]
-    share: Floats = (np.array(counts) / products.shape[1] + 1) / 2
+def _changed_signs(these: Singles, those: Singles) -> Floats:
+    """(N,) share of elements of these (N, ...) whose sign is not that of those, which may be fewer dimensions."""
+    differ = _negative(these) != _negative(those)
+    share: Floats = np.array([np.count_nonzero(one) for one in differ]) / differ[0].size
     return share
+
+
+def _negative(numbers: Singles) -> Mask:
+    # The sign bit: integers compare with 0 faster than floats, and -0.0 is as good as any tiny number.
+    negative: Mask = numbers.view(np.int32) < 0
+    return negative
 
 
 def log_marginal(distances: Floats) -> Floats:
@@ -106,26 +117,31 @@ def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor | None) -> tup
     """
     count, *_, width = outputs.shape
     x, y = (_array(one).reshape(count, -1, width) for one in (inputs, outputs))
+    tokens = x.shape[1]
+    steps = np.empty((count, width), dtype=np.float32)
+    xx, yy, dd = np.empty((3, count, tokens))
+    roughness, changes = np.empty((2, count))
     with np.errstate(all="ignore"):  # What is not finite shows as such in the features.
-        step = y - x
-        rows = step.reshape(count, -1)
-        steps = _ones(step.shape[1]) @ step / step.shape[1]
+        for some in _blocks(y):
+            step = y[some] - x[some]
+            steps[some] = _ones(tokens) @ step / tokens
+            for lengths, one in ((xx, x[some]), (yy, y[some]), (dd, step)):
+                lengths[some] = np.vecdot(one, one)
+            roughness[some] = _sizes(step.reshape(len(step), -1))
+            changes[some] = _changed_signs(x[some], y[some])
         usual = _array(torch.from_numpy(steps).nanmedian(0).values if mean_step is None else mean_step)
-        xx, yy, dd = (np.vecdot(one, one).astype(np.float64) for one in (x, y, step))
-        roughness = _sizes(rows).astype(np.float64)
-        changes = _changed_signs(np.multiply(x, y, out=step).reshape(rows.shape))
         lx = np.sqrt(xx)
         sum_xx, sum_yy, sum_dd = (one.sum(1) + _TINY for one in (xx, yy, dd))
         turn = 1 - (xx + yy - dd) / 2 / np.maximum(lx * np.sqrt(yy), _TINY)
         bend = np.log(dd + _TINY) - np.log(xx + _TINY)
         # How much of the step is along the input: free of the step's size, which grows a lot in training.
         push = (yy - xx - dd) / 2 / np.maximum(lx * np.sqrt(dd), _TINY)
-        spread = np.sqrt(sum_dd / x.shape[1])
+        spread = np.sqrt(sum_dd / tokens)
         wander = _lengths(steps - usual) / spread
         along = steps @ usual / np.maximum(_lengths(steps) * _lengths(usual), _TINY)
-        shape = roughness * x.shape[2] ** 0.5 / spread
+        shape = roughness * width**0.5 / spread
         columns = (
-            np.log(np.maximum(turn.sum(1) / turn.shape[1], 1e-6)),
+            np.log(np.maximum(turn.sum(1) / tokens, 1e-6)),
             np.log(changes + _SIGN_FLOOR),
             np.log(sum_dd) - np.log(sum_xx),
             (sum_yy - sum_xx - sum_dd) / 2 / np.sqrt(sum_xx * sum_dd),
