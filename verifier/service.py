@@ -37,7 +37,9 @@ LISTEN_EVERY, LISTEN_CLOSELY = 3.0, 0.5
 """Seconds between two questions to every node; closely, as long as somebody is accused."""
 MEET_EVERY, MEET_SOON = 60.0, 2.0
 """Seconds between two looks into the directory; soon, as long as there are nodes that we should know and do not."""
-SIT_EVERY = 0.5
+SIT_EVERY = 1.0
+_EARLY = 0.05
+"""Seconds before its time that a turn may come: timers are not exact."""
 SPEAK_EVERY = 5.0
 """Seconds between two reviews of our votes, though nothing is new: some go by the clock."""
 EFFORT_EVERY = 5.0
@@ -76,6 +78,7 @@ class Verifier:
         self._strangers: set[PeerId] = set()
         """Named by nodes as their neighbours, and not known to us; as of the last listening."""
         self._met_at, self._turn, self._lead = -MEET_EVERY, 0, 0.0
+        self._heard = asyncio.Event()
 
     # --- joining ---
 
@@ -107,7 +110,7 @@ class Verifier:
         tasks.spawn(self.judge.watch_ourselves())
         tasks.every(MEET_SOON, self._meet)
         tasks.every(LISTEN_CLOSELY, self._listen)
-        tasks.every(SIT_EVERY, self._sit)
+        tasks.every(0.0, self._sit)
         tasks.every(0.0, self._speak)
         tasks.every(EFFORT_EVERY, self._tell_effort)
         tasks.every(REPORT_EVERY, self._report)
@@ -177,13 +180,17 @@ class Verifier:
                 node.throughput, node.addresses = record.throughput, record.addresses
 
     async def _listen(self) -> None:
-        turn = int((time() + self._lead) // LISTEN_EVERY)
+        """By the clock; closely while somebody is accused, from the vote on that says so."""
+        if not self._spokesman.accused():
+            await wait_for(self._ballots.changed, LISTEN_EVERY - (time() + self._lead) % LISTEN_EVERY)
+        turn = int((time() + self._lead + _EARLY) // LISTEN_EVERY)
         if turn == self._turn and not self._spokesman.accused():
             return
         self._turn = turn
         before = self.judge.traffic.finished
         await asyncio.gather(*(self._listen_to(peer, link) for peer, link in self._links.items()))
         self.judge.earn(self.judge.traffic.finished - before)
+        self._heard.set()
         now = monotonic()
         for peer, node in self._nodes.items():
             node.stage = self._links[peer].stage if peer in self._links else node.stage
@@ -208,7 +215,8 @@ class Verifier:
     # --- judging and speaking ---
 
     async def _sit(self) -> None:
-        self.votes.advance(time())
+        """As soon as there is something new to look at; some of it becomes ready by the clock."""
+        await wait_for(self._heard, SIT_EVERY)
         await self.judge.sit(self._spokesman.accused(), self._known)
 
     async def _speak(self) -> None:
