@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median
 from typing import TypeAlias
 
 import numpy as np
@@ -20,13 +23,14 @@ from torch import Tensor
 
 from verifier import features
 from verifier.baseline import Centring, MeanTensor
-from verifier.streams import Direction, Peer
+from verifier.streams import Direction, Mask, Peer
 
 _Seen: TypeAlias = npt.NDArray[np.float32]
-_Usual: TypeAlias = tuple[_Seen, float, _Seen]
 
 _ELEMENTS = 2048
 _FEWEST_PLACES = 4
+_ROUNDING = 1e-5
+"""Of a projection: what may tell equal tokens apart."""
 _LATEST = 24
 # While it is young it learns from every tensor, then from every fourth: learning costs as much as looking.
 _YOUNG, _LEARNS_EVERY = 64, 4
@@ -74,8 +78,8 @@ class Guard:
     def check(self, tensor: Tensor, sender: Peer) -> bool:
         """Whether a tensor (B, T, W) of any floating dtype, on any device, may be used."""
         seen = self._look(tensor)
-        distances = self._distances(seen)
-        is_odd = self._is_odd(seen, distances)
+        distances, is_uniform = self._measure(seen)
+        is_odd = is_uniform or self._is_odd(distances)
         if not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0):
             self._learn(seen, distances)
         self.checked += 1
@@ -85,11 +89,8 @@ class Guard:
             self._scales = None
         return not is_odd
 
-    def _is_odd(self, seen: _Seen, distances: Sequence[float]) -> bool:
+    def _is_odd(self, distances: Sequence[float]) -> bool:
         if not all(map(math.isfinite, distances)):
-            return True
-        # Where every token is the same there is nothing of the text in it, however near to the mean it is.
-        if bool((seen == seen[0, 0]).all()):
             return True
         if self._scales is None:
             self._scales = self._centring.scales()
@@ -112,38 +113,57 @@ class Guard:
         if self._places is None:
             count = min(tokens, max(_FEWEST_PLACES, _ELEMENTS // (sequences * width)))
             drawn = self._generator.choice(tokens, count, replace=False)
-            self._places = torch.from_numpy(np.sort(drawn))
-        seen: _Seen = (
-            tensor.detach().index_select(1, self._places.to(tensor.device)).to("cpu", torch.float32).numpy()
-        )
+            self._places = torch.from_numpy(np.sort(drawn)).to(tensor.device)
+        seen: _Seen = tensor.detach().index_select(1, self._places).to("cpu", torch.float32).numpy()
         return seen
 
-    def _distances(self, seen: _Seen) -> tuple[float, float, float, float]:
-        """As `features.marginal_distances`."""
+    def _measure(self, seen: _Seen) -> tuple[tuple[float, float, float, float], bool]:
+        """As `features.marginal_distances`; and whether every token is the same: then there is nothing of the text in
+        them, however near to the mean they are."""
         if self._usual is None:
             mean = seen.mean(0) if self._mean.value is None else self._mean.value.numpy()
-            self._usual = _usual_of(mean, len(seen))
-        mean, size, usual = self._usual
-        away = (seen - mean).ravel()
-        flips = (1 - float(np.sign(seen * mean).sum()) / seen.size) / 2
+            self._usual = _Usual.of(mean, len(seen))
+        usual, elements = self._usual, seen.size
+        away = (seen - usual.mean).ravel()
+        length = math.sqrt(float(np.vdot(away, away)) / elements) / usual.size
+        flips = np.count_nonzero(np.signbit(seen) != usual.negative) / elements
         own = _project(seen.reshape(-1, seen.shape[-1]))
-        return (
-            float(np.abs(away).sum()) / away.size,
-            math.sqrt(float(np.vdot(away, away)) / away.size) / size,
-            flips,
-            float(np.abs(own - usual).sum()) / own.size,
-        )
+        is_uniform = bool(own[0, -1] - own[0, 0] <= _ROUNDING * abs(own[0, 0]))
+        apart = (own - usual.projected).ravel()
+        return (_size(away) / elements, length, flips, _size(apart) / own.size), is_uniform
 
 
-def _usual_of(mean: _Seen, sequences: int) -> _Usual:
-    """The mean (P, W), its root mean square, and its sorted projections, each as often as there are sequences."""
-    size = math.sqrt(float(np.vdot(mean, mean)) / mean.size) + 1e-20
-    return mean, size, _project(mean).repeat(sequences, axis=1)
+@dataclass(frozen=True)
+class _Usual:
+    """The mean (P, W), which of it is negative, its root mean square, and its sorted projections, each as often as
+    there are sequences."""
+
+    mean: _Seen
+    negative: Mask
+    size: float
+    projected: _Seen
+
+    @classmethod
+    def of(cls, mean: _Seen, sequences: int) -> _Usual:
+        size = math.sqrt(float(np.vdot(mean, mean)) / mean.size) + 1e-20
+        return cls(mean, np.signbit(mean), size, _project(mean).repeat(sequences, axis=1))
 
 
 def _project(tokens: _Seen) -> _Seen:
     """(directions, tokens) sorted projections of tokens (tokens, W)."""
-    return np.sort((tokens @ features.projections(tokens.shape[-1]).numpy()).T, axis=1)
+    projected: _Seen = features.projections(tokens.shape[-1]).numpy().T @ tokens.T
+    projected.sort(axis=1)
+    return projected
+
+
+def _size(numbers: _Seen) -> float:
+    """The sum of absolute values of numbers (n,), which are overwritten."""
+    return float(np.vdot(np.abs(numbers, out=numbers), _ones(len(numbers))))
+
+
+@lru_cache(maxsize=64)
+def _ones(count: int) -> _Seen:
+    return np.ones(count, dtype=np.float32)
 
 
 class Repeats:
@@ -200,9 +220,8 @@ class LossGuard:
         if len(self._usual) < self._enough:
             self._usual.append(loss)
             return True
-        usual = np.array(self._usual)
-        centre = float(np.median(usual))
-        scale = max(1.4826 * float(np.median(np.abs(usual - centre))), self._finest * centre)
+        centre = median(self._usual)
+        scale = max(1.4826 * median(abs(one - centre) for one in self._usual), self._finest * centre)
         beyond = (loss - centre) / scale - self._allowance
         # Bounded, so that a sender that mends is believed again soon.
         total = min(max(0.0, self._sums.pop(sender, 0.0) + beyond), 2 * self._limit)

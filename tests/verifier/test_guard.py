@@ -40,7 +40,7 @@ def test_its_statistics_are_those_of_the_core() -> None:
     assert guard._places is not None and guard._mean.value is not None
     seen = tensor[:, guard._places]
     expected = features.marginal_distances(seen[None], guard._mean.value, features.projections(SHAPE[2]))
-    assert guard._distances(seen.numpy()) == pytest.approx(expected[0], rel=1e-4)
+    assert guard._measure(seen.numpy())[0] == pytest.approx(expected[0], rel=1e-4)
 
 
 def test_honest_streams_pass_while_training_changes_them() -> None:
