@@ -56,6 +56,8 @@ class Traffic:
     def __init__(self, stages: int) -> None:
         self._stages = stages
         self._journeys: OrderedDict[MicrobatchId, Journey] = OrderedDict()
+        self._alarms: dict[MicrobatchId, Journey] = {}
+        """Flagged, as of the last `alarms` and since."""
         self.finished = 0
         """Microbatches that a head has had back."""
 
@@ -65,7 +67,8 @@ class Traffic:
         if journey is None:
             journey = self._journeys[passage.microbatch] = Journey(passage.microbatch, now)
             if len(self._journeys) > MAX_KNOWN:
-                self._journeys.popitem(last=False)
+                oldest, _ = self._journeys.popitem(last=False)
+                self._alarms.pop(oldest, None)
         journey.path[stage] = holder
         journey.states.setdefault(holder, passage.state)
         if passage.previous is not None and stage > 0:
@@ -75,6 +78,7 @@ class Traffic:
         sender = passage.previous if passage.flagged is Direction.ACTIVATION else passage.next
         if passage.flagged is not None and sender is not None:
             journey.flagged[stage, passage.flagged] = PeerId(sender)
+            self._alarms[passage.microbatch] = journey
         if stage == 0 and passage.next is not None and passage.flagged is None:
             self.finished += 1
 
@@ -89,7 +93,10 @@ class Traffic:
 
     def alarms(self, now: float) -> list[Journey]:
         """What receivers flagged and nobody has looked at yet."""
-        return [one for one in self._fresh(now) if one.flagged and not one.drawn]
+        self._alarms = {
+            key: one for key, one in self._alarms.items() if not one.drawn and now - one.heard <= FRESH
+        }
+        return list(self._alarms.values())
 
     def draw(
         self,
@@ -105,9 +112,14 @@ class Traffic:
         Peers in `wanted` come first, and twice.
         """
         candidates = [one for one in self._fresh(now) if self._is_ready(one, now)]
-        # A weighted draw without replacement (Efraimidis and Spirakis, 2006).
-        lot = {id(one): generator.expovariate(2 ** (-(now - one.heard) / _HALF)) for one in candidates}
-        candidates.sort(key=lambda one: (-sum(peer in wanted for peer in one.path.values()), lot[id(one)]))
+        first = set(wanted)
+
+        def rank(one: Journey) -> tuple[int, float]:
+            # A weighted draw without replacement (Efraimidis and Spirakis, 2006).
+            lot = generator.expovariate(2 ** (-(now - one.heard) / _HALF))
+            return -len(first.intersection(one.path.values())) if first else 0, lot
+
+        candidates.sort(key=rank)
         panel = [start] if start is not None else []
         covered = {peer for one in panel for peer in one.path.values()}
         doubled: set[PeerId] = set()
@@ -115,7 +127,7 @@ class Traffic:
             if len(panel) >= most:
                 break
             peers = set(journey.path.values())
-            again = (peers & set(wanted)) - doubled
+            again = (peers & first) - doubled
             if journey is not start and (peers - covered or again):
                 panel.append(journey)
                 doubled |= again & covered
