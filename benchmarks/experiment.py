@@ -57,7 +57,10 @@ def _run_missing(cases: list[Case], runs: Path, jobs: int, say: Say) -> None:
 
 
 def _one_by_one(cases: list[Case]) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """With as many threads as `simulate` would use."""
+    available = torch.get_num_threads()
     for case in cases:
+        torch.set_num_threads(min(available, case.config.useful_threads))
         yield case, _run_case(case)
 
 

@@ -182,7 +182,7 @@ def _ablation() -> Iterator[Case]:
 
 def _scale() -> Iterator[Case]:
     for replicas in (2, 4, 8, 11):
-        wide = replace(BASE, replicas=replicas, width=256, context=64, rounds=16, warmup=16)
+        wide = replace(BASE, replicas=replicas, width=256, context=64, rounds=40, warmup=40)
         yield Case(f"{wide.workers} workers", wide)
 
 

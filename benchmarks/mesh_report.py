@@ -15,7 +15,7 @@ def summarise(run: MeshRun) -> dict[str, Any]:
 
     `rounds_to_ban_median` counts from the attack's start, the round of the ban included; None if nobody was banned.
     `val_loss` is None if it is not finite. `seconds_per_round` includes verification. Processor time is what to
-    compare on a machine that does other work too.
+    compare on a machine that does other work too, with one thread: with more, they also take some to wait.
     """
     config, tally = run.config, run.tally
     attackers = {peer_name(worker) for worker in run.crew.saboteurs}
