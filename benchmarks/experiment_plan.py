@@ -133,15 +133,15 @@ STRENGTHS: tuple[tuple[str, str], ...] = tuple(
 
 def _beyond() -> Iterator[Case]:
     detectors = ("sentinel", "sentinel:no-recompute", "none")
-    yield from _attack_free("none", SEEDS[:1], **_SHORT)
-    yield from _attack_free("none", SEEDS[:1], **_SHORT, warmup=0, rounds=200)
-    yield from _attack_free("none", SEEDS[:1], replicas=20, stages=5)
+    yield from _attack_free("none", SEEDS, **_SHORT)
+    yield from _attack_free("none", SEEDS, **_SHORT, warmup=0, rounds=200)
+    yield from _attack_free("none", SEEDS, replicas=20, stages=5)
     for row, changes in BEYOND:
-        yield from _attacked(row, SEEDS[:1], detectors, **(_SHORT | {"fraction": 0.375} | changes))
+        yield from _attacked(row, SEEDS, detectors, **(_SHORT | {"fraction": 0.375} | changes))
     for attack, direction in STRENGTHS:
         yield from _attacked(
             f"{attack}, {direction}",
-            SEEDS[:1],
+            SEEDS,
             detectors,
             attack=attack,
             attack_direction=direction,
