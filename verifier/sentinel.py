@@ -235,11 +235,16 @@ class Sentinel(Detector):
     def _group(self, hops: Hops, rows: npt.NDArray[np.intp], valid: Mask, quorum: int) -> Mask | None:
         """(N,) the rows to centre on, if so many peers are here that fewer attackers than `quorum` are outnumbered.
 
-        One a peer: those to whom refused work was handed have several, and could else be the majority of hops.
+        One a peer: those to whom refused work was handed have several, and could else be the majority of hops. Without
+        those suspected, unless they are more than attackers can be: then it is the honest that look odd, and without
+        them the attackers would be the majority.
         """
         if not self.settings.centring or len(set(hops.peers)) < 2 * quorum - 1:
             return None
-        trusted = np.flatnonzero(valid & (self._evidence(rows) < self._ladder.top / 3)).tolist()
+        suspected = self._evidence(rows) >= self._ladder.top / 3
+        if len(set(rows[suspected].tolist())) >= quorum:
+            suspected[:] = False
+        trusted = np.flatnonzero(valid & ~suspected).tolist()
         first = {int(rows[place]): place for place in reversed(trusted)}
         if not first:
             return None
@@ -395,10 +400,14 @@ class Sentinel(Detector):
             self._violations.count(rows, screening.odd[places] & ~innocent[places])
 
     def _forgive_a_majority(self, screening: Screening) -> None:
-        """If more of a stage's peers are all but banned than attackers can be, it is the stream that has changed."""
+        """If more of a stage's peers are all but banned than attackers can be, it is the stream that has changed.
+
+        All of them start anew, also those whom less is held against: if only the former did, the attackers among them
+        would be in better standing than the honest.
+        """
         accused = self._all_but_banned(screening.rows)
         if screening.in_group and len(accused) >= screening.quorum:
-            for row in accused:
+            for row in set(screening.rows[~self._banned[screening.rows]].tolist()):
                 self._capital.forget(row)
                 self._violations.forget(row)
 
