@@ -90,6 +90,30 @@ def test_retries_among_attackers_do_not_make_the_baseline_start_anew() -> None:
             detector.judge(hops(x[3:4], stage.outputs(x[3:4]), round, PEERS[3:4]), court)
 
 
+def test_a_majority_that_is_forgiven_does_not_leave_attackers_to_be_trusted_alone() -> None:
+    detector, stage, court = Sentinel(Settings(recompute=0)), Stage(), NoCourt(8)
+    generator = torch.Generator().manual_seed(1)
+    for round in range(60):
+        x = stage.inputs(8)
+        detector.judge(hops(x, stage.outputs(x), round, PEERS), court)
+    # Held against the attackers and one honest peer: nearly enough for a ban; against three more: half of it.
+    for peers, share in ((PEERS[:4], 0.8), (PEERS[4:7], 0.5)):
+        raise_evidence(detector, peers, share * -np.log(Settings().alpha))
+    for round in range(60, 66):
+        x = stage.inputs(8)
+        outputs = torch.cat([torch.randn(x[:3].shape, generator=generator), stage.outputs(x)[3:]])
+        judgement = detector.judge(hops(x, outputs, round, PEERS), court)
+        assert judgement.refused.tolist() == [True] * 3 + [False] * 5, f"round {round}"
+
+
+def raise_evidence(detector: Sentinel, peers: list[str], nats: float) -> None:
+    """Have the peers win bets until so much is held against them."""
+    rows = detector._roster.rows(tuple(peers))
+    won = np.abs(detector._losses) / 10
+    while detector.standing(peers[0]).log_evidence < nats:
+        detector._capital.bet(rows, 1, np.broadcast_to(won, (len(rows), *won.shape)))
+
+
 def test_an_odd_text_is_held_against_the_first_who_had_it_alone() -> None:
     detector, stage, court = Sentinel(Settings(recompute=0)), Stage(), NoCourt(20)
     peers = [f"1/{replica}" for replica in range(20)]
