@@ -12,7 +12,6 @@ import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import median
 from typing import TypeAlias
 
@@ -158,12 +157,7 @@ def _project(tokens: _Seen) -> _Seen:
 
 def _size(numbers: _Seen) -> float:
     """The sum of absolute values of numbers (n,), which are overwritten."""
-    return float(np.vdot(np.abs(numbers, out=numbers), _ones(len(numbers))))
-
-
-@lru_cache(maxsize=64)
-def _ones(count: int) -> _Seen:
-    return np.ones(count, dtype=np.float32)
+    return float(np.vdot(np.abs(numbers, out=numbers), features.ones(len(numbers))))
 
 
 class Repeats:
