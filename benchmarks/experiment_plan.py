@@ -172,12 +172,13 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def _ablation() -> Iterator[Case]:
-    small = _SHORT | {"fraction": 0.375}
     for what, changes in ABLATIONS:
-        yield Case(what, replace(BASE, **(small | changes)))
-        for attack, direction in ABLATION_ATTACKS:
-            changed = small | changes | {"attack": attack, "attack_direction": direction}
+        for seed in SEEDS:
+            changed = _SHORT | {"fraction": 0.375, "seed": seed} | changes
             yield Case(what, replace(BASE, **changed))
+            for attack, direction in ABLATION_ATTACKS:
+                attacked = changed | {"attack": attack, "attack_direction": direction}
+                yield Case(what, replace(BASE, **attacked))
 
 
 def _scale() -> Iterator[Case]:

@@ -177,28 +177,42 @@ def _false_ban_table(results: list[Result]) -> Table:
 
 
 def _ablation_table(results: list[Result]) -> Table:
+    attacked = [one for one in results if one.case.config.attack]
+    attacks = list(dict.fromkeys(_attack_of(one) for one in attacked))
     rows = []
     for what in dict.fromkeys(one.case.row for one in results):
-        mine = [one for one in results if one.case.row == what]
-        attacked = [one for one in mine if one.case.config.attack]
-        quiet = [one for one in mine if not one.case.config.attack]
+        mine = [one for one in attacked if one.case.row == what]
+        quiet = [one for one in results if one.case.row == what and not one.case.config.attack]
+        by_attack = [[one for one in mine if _attack_of(one) == attack] for attack in attacks]
+        harms = [_mean(_harm_beside(quiet, one) for one in some) for some in by_attack]
         rows.append(
             (
                 what,
-                *(one.summary["f1"] for one in attacked),
-                _mean(one.summary["f1"] for one in attacked),
-                _median(one.summary["rounds_to_ban_median"] for one in attacked),
+                *(_mean(one.summary["f1"] for one in some) for some in by_attack),
+                _mean(one.summary["f1"] for one in mine),
+                _median(one.summary["rounds_to_ban_median"] for one in mine),
+                max((one for one in harms if one is not None), default=None),
+                sum(one.summary["false_bans"] for one in mine),
                 sum(one.summary["false_bans"] for one in quiet),
             )
         )
-    attacks = [
-        f"{one.case.config.attack}, {one.case.config.attack_direction}"
-        for one in results
-        if one.case.row == results[0].case.row and one.case.config.attack
-    ]
-    columns = ("variant", *attacks, "mean F1", "rounds to ban", "false bans without attack")
-    note = "F1 by attack. All rows but the first and the last two are without recomputation, which would hide much."
-    return Table("Ablation", columns, tuple(rows), note)
+    names = [f"{attack}, {direction}" for attack, direction in attacks]
+    ends = ("mean F1", "rounds to ban", "most harm", "false bans", "false bans without attack")
+    note = "F1 by attack, and the harm of the worst of them beside the variant's own run without an attack; means of "
+    note += f"{len({one.case.config.seed for one in results})} seeds. All rows but the first and the last two are "
+    note += "without recomputation, which would hide much."
+    return Table("Ablation", ("variant", *names, *ends), tuple(rows), note)
+
+
+def _attack_of(result: Result) -> tuple[str | None, str]:
+    return result.case.config.attack, result.case.config.attack_direction
+
+
+def _harm_beside(quiet: list[Result], result: Result) -> float | None:
+    """Nats that this run lost against the one of the same seed among `quiet`; None if either is not known."""
+    loss = _loss(result)
+    free = next((_loss(one) for one in quiet if one.case.config.seed == result.case.config.seed), None)
+    return None if free is None or loss is None else loss - free
 
 
 def _scale_table(results: list[Result]) -> Table:
