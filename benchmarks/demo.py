@@ -102,7 +102,7 @@ class DemoView:
         """Take in what the observer has heard since."""
         if not self.losses:
             self.meter.start(self.swarm.processes)
-        self.meter.read(self.swarm.processes)
+        self.meter.read()
         rounds = self.manifest.schedule.rounds
         while len(self.losses) < rounds and (loss := self.observer.round_loss(len(self.losses))) is not None:
             self.losses.append(loss)

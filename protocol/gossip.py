@@ -33,29 +33,57 @@ _PUBLISH_WITHIN = 5.0
 OnGossip = Callable[[PeerId, bytes], None]
 
 
-async def _open(p2p: P2P, request: p2pd_pb2.PSRequest) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _open(p2p: P2P) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await p2p._client.control.daemon_connector.open_connection()
-    await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.PUBSUB, pubsub=request))
-    response = p2pd_pb2.Response()
-    await read_pbmsg_safe(reader, response)
-    raise_if_failed(response)
     return reader, writer
 
 
-async def publish(p2p: P2P, topic: str, data: bytes) -> None:
-    """Send to every subscriber of `topic`, ourselves included if we subscribe.
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: p2pd_pb2.PSRequest) -> None:
+    await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.PUBSUB, pubsub=asked))
+    response = p2pd_pb2.Response()
+    await read_pbmsg_safe(reader, response)
+    raise_if_failed(response)
 
-    Raises `ProtocolError` (unreachable or timed_out) if p2pd does not take it.
+
+class Publisher:
+    """Publishes over one connection to p2pd, which takes requests on it one after another.
+
+    A connection for each message would be half of what a message costs here. `close` it in the end.
     """
-    request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.PUBLISH, topic=topic, data=data)
-    try:
-        async with asyncio.timeout(_PUBLISH_WITHIN):
-            _, writer = await _open(p2p, request)
-    except TimeoutError:
-        raise ProtocolError(Reason.TIMED_OUT, f"gossip on {topic}") from None
-    except (ControlFailure, OSError, asyncio.IncompleteReadError) as error:
-        raise ProtocolError(Reason.UNREACHABLE, f"gossip on {topic}: {error}") from None
-    writer.close()
+
+    def __init__(self, p2p: P2P) -> None:
+        self._p2p = p2p
+        self._turn = asyncio.Lock()
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Send to every subscriber of `topic`, ourselves included if we subscribe.
+
+        Raises `ProtocolError` (unreachable or timed_out) if p2pd does not take it.
+        """
+        request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.PUBLISH, topic=topic, data=data)
+        try:
+            async with asyncio.timeout(_PUBLISH_WITHIN), self._turn:
+                await self._publish(request)
+        except TimeoutError:
+            raise ProtocolError(Reason.TIMED_OUT, f"gossip on {topic}") from None
+        except (ControlFailure, OSError, asyncio.IncompleteReadError) as error:
+            raise ProtocolError(Reason.UNREACHABLE, f"gossip on {topic}: {error}") from None
+
+    async def _publish(self, request: p2pd_pb2.PSRequest) -> None:
+        try:
+            self._streams = self._streams or await _open(self._p2p)
+            await _ask(*self._streams, request)
+        except BaseException:
+            # Its answer, if it still comes, would be taken for that to the next request.
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._streams is not None:
+            with suppress(OSError, RuntimeError):
+                self._streams[1].close()
+            self._streams = None
 
 
 def _tell(on_gossip: OnGossip, author: PeerId, data: bytes) -> None:
@@ -69,7 +97,8 @@ def _tell(on_gossip: OnGossip, author: PeerId, data: bytes) -> None:
 async def subscribe(p2p: P2P, topic: str, on_gossip: OnGossip) -> asyncio.Task[None]:
     """Call `on_gossip(author, data)` for each message until the returned task is cancelled."""
     request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.SUBSCRIBE, topic=topic)
-    reader, writer = await _open(p2p, request)
+    reader, writer = await _open(p2p)
+    await _ask(reader, writer, request)
 
     async def read() -> None:
         # The writer is named here to keep it alive: p2pd ends a subscription whose connection closes.

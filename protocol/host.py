@@ -80,6 +80,7 @@ class Host:
         self._dht: DHTNode | None = None
         self.peer_id = PeerId(p2p.peer_id.to_base58())
         self._gossip_tasks: list[asyncio.Task[None]] = []
+        self._publisher = gossip.Publisher(p2p)
 
     @classmethod
     async def start(
@@ -156,7 +157,7 @@ class Host:
 
     async def publish(self, topic: str, data: bytes) -> None:
         """Gossip to every subscriber of `topic`."""
-        await gossip.publish(self.p2p, topic, data)
+        await self._publisher.publish(topic, data)
 
     async def subscribe(self, topic: str, on_gossip: gossip.OnGossip) -> None:
         """Until `stop`: call `on_gossip(author, data)` on the event loop for each message of `topic`."""
@@ -171,6 +172,7 @@ class Host:
         for task in self._gossip_tasks:
             task.cancel()
         await asyncio.gather(*self._gossip_tasks, return_exceptions=True)
+        self._publisher.close()
         with suppress(Exception):
             async with asyncio.timeout(_STOP_TIMEOUT):
                 if self._dht is not None:
