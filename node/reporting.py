@@ -54,8 +54,10 @@ class Reporter:
     def _is_pressing(self) -> bool:
         """Whether a round waits for what we have to say: a new version or state, or the last microbatches."""
         replica, last = self._replica, self._reported
-        is_new = (last.version, last.state) != (replica.rounds.version, replica.state)
-        return is_new or replica.is_round_ending()
+        rounds = replica.rounds
+        if (last.version, last.state) != (rounds.version, replica.state):
+            return True
+        return len(rounds.slots()) != len(last.slots) and replica.is_round_ending()
 
     async def report_metrics(self) -> None:
         self._replica.pipeline.check_timeouts()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 
 import structlog
 from hivemind.p2p import P2P, PeerID
@@ -86,6 +87,11 @@ class Publisher:
             self._streams = None
 
 
+@lru_cache(maxsize=1024)
+def _author(raw: bytes) -> PeerId:
+    return PeerId(PeerID(raw).to_base58())
+
+
 def _tell(on_gossip: OnGossip, author: PeerId, data: bytes) -> None:
     try:
         on_gossip(author, data)
@@ -107,8 +113,7 @@ async def subscribe(p2p: P2P, topic: str, on_gossip: OnGossip) -> asyncio.Task[N
                 message = p2pd_pb2.PSMessage()
                 await read_pbmsg_safe(reader, message)
                 if len(message.data) <= MAX_GOSSIP:
-                    author = PeerID(getattr(message, "from"))
-                    _tell(on_gossip, PeerId(author.to_base58()), bytes(message.data))
+                    _tell(on_gossip, _author(getattr(message, "from")), bytes(message.data))
         except asyncio.IncompleteReadError:
             return
         finally:
