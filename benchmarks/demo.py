@@ -100,11 +100,11 @@ class DemoView:
 
     def update(self) -> None:
         """Take in what the observer has heard since."""
-        if not self.losses:
-            self.meter.start(self.swarm.processes)
         self.meter.read()
         rounds = self.manifest.schedule.rounds
         while len(self.losses) < rounds and (loss := self.observer.round_loss(len(self.losses))) is not None:
+            if not self.losses:
+                self.meter.start(self.swarm.processes)
             self.losses.append(loss)
             self.closed_at.append(monotonic())
 
@@ -190,7 +190,7 @@ class DemoView:
         }
 
     def _cpu_seconds(self, metrics: list[Metrics]) -> dict[str, float]:
-        """CPU time since the last volunteers had joined: all of the verifiers' processes, the guard in every node, work
+        """CPU time since the first round: all of the verifiers' processes, the guard in every node, work
         done again there, and what is left of the nodes' processes."""
         guard = sum(one.guard_seconds for one in metrics)
         redo = sum(one.redo_seconds for one in metrics)
