@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.experiment import Result
 from benchmarks.experiment_plan import NO_ATTACK, STRENGTHS
 from benchmarks.experiment_tables import harm
 from protocol.errors import UserError
+from verifier.sentinel import Settings
 
 
 def write_plots(name: str, results: list[Result], out: Path) -> list[Path]:
     """The PNGs of an experiment, named after it."""
     figures = {
-        "paper": {"losses": _losses, "detection": _detection},
-        "beyond": {"detection-against-harm": _detection_against_harm},
+        "paper": {
+            "losses": _losses,
+            "detection": _detection,
+            "rounds-to-ban": _rounds_to_ban,
+            "false-bans": _false_bans,
+        },
+        "beyond": {"detection-against-harm": _detection_against_harm, "rounds-to-ban": _rounds_to_ban},
         "ablation": {},
         "scale": {"scale": _scale},
     }
@@ -56,17 +64,42 @@ def _losses(axes: Any, results: list[Result]) -> None:
 
 def _detection(axes: Any, results: list[Result]) -> None:
     """F1 of each attack, a bar a detector; seed 0."""
-    rows = list(dict.fromkeys(one.case.row for one in results if one.case.row != NO_ATTACK))
-    for offset, detector in enumerate(("sentinel", "marginal")):
-        f1 = {
-            one.case.row: one.summary["f1"] or 0.0
-            for one in results
-            if one.case.config.detector == detector and one.case.config.seed == 0
-        }
-        places = [index + 0.4 * offset for index in range(len(rows))]
-        axes.barh(places, [f1.get(row, 0.0) for row in rows], height=0.4, label=detector)
-    axes.set_yticks(range(len(rows)), rows, fontsize=5)
+    _bars(axes, [one for one in results if one.case.config.seed == 0], "f1")
     axes.set(xlabel="F1, by worker")
+
+
+def _rounds_to_ban(axes: Any, results: list[Result]) -> None:
+    """From an attack's start to the median attacker's ban, a bar a detector; the median of the seeds."""
+    _bars(axes, results, "rounds_to_ban_median")
+    axes.set(xlabel="rounds to ban, median attacker (no bar: none was banned, or earlier than the attack)")
+
+
+def _bars(axes: Any, results: list[Result], key: str) -> None:
+    """Of each attack, a bar for each of at most two detectors: the median of `key` over the runs that have it."""
+    attacked = [one for one in results if one.case.row != NO_ATTACK and one.case.config.detector != "none"]
+    rows = list(dict.fromkeys(one.case.row for one in attacked))
+    for offset, detector in enumerate(dict.fromkeys(one.case.config.detector for one in attacked)):
+        mine = [one for one in attacked if one.case.config.detector == detector]
+        found = [[one.summary[key] for one in mine if one.case.row == row] for row in rows]
+        known = [[value for value in some if value is not None] for some in found]
+        values = [max(0.0, median(some)) if some else 0.0 for some in known]
+        places = [index + 0.4 * offset for index in range(len(rows))]
+        axes.barh(places, values, height=0.4, label=detector)
+    axes.set_yticks(range(len(rows)), rows, fontsize=5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=2)
+
+
+def _false_bans(axes: Any, results: list[Result]) -> None:
+    """Without an attack: honest workers banned, seed after seed, and how many alpha allows."""
+    quiet = [one for one in results if one.case.row == NO_ATTACK and one.case.config.detector != "none"]
+    alpha, most = Settings().alpha, 0
+    for detector in dict.fromkeys(one.case.config.detector for one in quiet):
+        mine = [one.summary for one in quiet if one.case.config.detector == detector]
+        workers = [0, *accumulate(one["honest_workers"] for one in mine)]
+        axes.plot(workers, [0, *accumulate(one["false_bans"] for one in mine)], marker=".", label=detector)
+        most = max(most, workers[-1])
+    axes.plot([0, most], [0, alpha * most], linestyle="--", label=f"allowed at alpha {alpha:g}")
+    axes.set(xlabel="honest workers watched, a seed a point", ylabel="of them banned")
     axes.legend()
 
 
