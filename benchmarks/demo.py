@@ -121,6 +121,7 @@ class DemoView:
 
     def result(self) -> dict[str, Any]:
         """The demo's JSON. Losses in nats a token; `final_loss` is the mean of the last five rounds."""
+        self.meter.read(every=0.0)
         known = self.observer.sightings
         seen = {node.peer: known[node.peer].metrics for node in self.swarm.nodes if node.peer in known}
         closing = self.losses[-_CLOSING_ROUNDS:]

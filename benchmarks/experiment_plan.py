@@ -75,10 +75,10 @@ def _shrink(case: Case) -> Case:
     return replace(case, config=replace(case.config, **shrunk))
 
 
-def _attacked(row: str, seeds: tuple[int, ...], detectors: tuple[str, ...], **changes: Any) -> Iterator[Case]:
+def _attacked(row: str, detectors: tuple[str, ...], **changes: Any) -> Iterator[Case]:
     """One attack under several detectors: the first with all seeds, the others with one."""
     for detector in detectors:
-        for seed in seeds if detector == detectors[0] else seeds[:1]:
+        for seed in SEEDS if detector == detectors[0] else SEEDS[:1]:
             yield Case(row, replace(BASE, detector=detector, seed=seed, **changes))
 
 
@@ -94,7 +94,6 @@ def _paper() -> Iterator[Case]:
             for attack in PAPER_ATTACKS:
                 yield from _attacked(
                     f"{attack}, {direction}, {fraction:.1%}",
-                    SEEDS,
                     ("sentinel", "marginal", "none"),
                     attack=attack,
                     attack_direction=direction,
@@ -137,11 +136,10 @@ def _beyond() -> Iterator[Case]:
     yield from _attack_free("none", SEEDS, **_SHORT, warmup=0, rounds=200)
     yield from _attack_free("none", SEEDS, replicas=20, stages=5)
     for row, changes in BEYOND:
-        yield from _attacked(row, SEEDS, detectors, **(_SHORT | {"fraction": 0.375} | changes))
+        yield from _attacked(row, detectors, **(_SHORT | {"fraction": 0.375} | changes))
     for attack, direction in STRENGTHS:
         yield from _attacked(
             f"{attack}, {direction}",
-            SEEDS,
             detectors,
             attack=attack,
             attack_direction=direction,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.experiment import Result
 from benchmarks.experiment_plan import NO_ATTACK, STRENGTHS
-from benchmarks.experiment_tables import harm
+from benchmarks.experiment_tables import detectors_of, harm, median_known
 from protocol.errors import UserError
 from verifier.sentinel import Settings
 
@@ -76,13 +75,12 @@ def _rounds_to_ban(axes: Any, results: list[Result]) -> None:
 
 def _bars(axes: Any, results: list[Result], key: str) -> None:
     """Of each attack, a bar for each of at most two detectors: the median of `key` over the runs that have it."""
-    attacked = [one for one in results if one.case.row != NO_ATTACK and one.case.config.detector != "none"]
+    attacked = [one for one in results if one.case.row != NO_ATTACK]
     rows = list(dict.fromkeys(one.case.row for one in attacked))
-    for offset, detector in enumerate(dict.fromkeys(one.case.config.detector for one in attacked)):
+    for offset, detector in enumerate(detectors_of(attacked)):
         mine = [one for one in attacked if one.case.config.detector == detector]
-        found = [[one.summary[key] for one in mine if one.case.row == row] for row in rows]
-        known = [[value for value in some if value is not None] for some in found]
-        values = [max(0.0, median(some)) if some else 0.0 for some in known]
+        found = [median_known(one.summary[key] for one in mine if one.case.row == row) for row in rows]
+        values = [max(0.0, value or 0.0) for value in found]
         places = [index + 0.4 * offset for index in range(len(rows))]
         axes.barh(places, values, height=0.4, label=detector)
     axes.set_yticks(range(len(rows)), rows, fontsize=5)
@@ -91,9 +89,9 @@ def _bars(axes: Any, results: list[Result], key: str) -> None:
 
 def _false_bans(axes: Any, results: list[Result]) -> None:
     """Without an attack: honest workers banned, seed after seed, and how many alpha allows."""
-    quiet = [one for one in results if one.case.row == NO_ATTACK and one.case.config.detector != "none"]
+    quiet = [one for one in results if one.case.row == NO_ATTACK]
     alpha, most = Settings().alpha, 0
-    for detector in dict.fromkeys(one.case.config.detector for one in quiet):
+    for detector in detectors_of(quiet):
         mine = [one.summary for one in quiet if one.case.config.detector == detector]
         workers = [0, *accumulate(one["honest_workers"] for one in mine)]
         axes.plot(workers, [0, *accumulate(one["false_bans"] for one in mine)], marker=".", label=detector)

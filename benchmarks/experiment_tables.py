@@ -60,11 +60,12 @@ def build_tables(name: str, results: list[Result]) -> list[Table]:
         return [_scale_table(results)]
     if name == "ablation":
         return [_ablation_table(results)]
-    tables = [_detection_table(results, detector) for detector in _detectors(results)]
+    tables = [_detection_table(results, detector) for detector in detectors_of(results)]
     return [*tables, _false_ban_table(results)] if name == "paper" else tables
 
 
-def _detectors(results: list[Result]) -> list[str]:
+def detectors_of(results: list[Result]) -> list[str]:
+    """Those that judge, in the order of the plan."""
     named = dict.fromkeys(result.case.config.detector for result in results)
     return [detector for detector in named if detector != "none"]
 
@@ -91,7 +92,11 @@ def _loss(result: Result) -> float | None:
 
 def harm(results: list[Result], result: Result) -> float | None:
     """Nats of validation loss that this run lost against its attack-free one; None if either is not known."""
-    free, loss = attack_free_loss(results, result.case.config), _loss(result)
+    return _lost(result, attack_free_loss(results, result.case.config))
+
+
+def _lost(result: Result, free: float | None) -> float | None:
+    loss = _loss(result)
     return None if free is None or loss is None else loss - free
 
 
@@ -131,7 +136,7 @@ def _detection_row(
         _mean(one.summary["precision"] for one in mine),
         _mean(one.summary["recall"] for one in mine),
         _mean(one.summary["f1"] for one in mine),
-        _median(one.summary["rounds_to_ban_median"] for one in mine),
+        median_known(one.summary["rounds_to_ban_median"] for one in mine),
         _mean(harm(results, one) for one in mine),
         _undefended(results, bare),
         sum(one.summary["false_bans"] for one in mine),
@@ -150,7 +155,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return mean(known) if known else None
 
 
-def _median(values: Iterable[float | None]) -> float | None:
+def median_known(values: Iterable[float | None]) -> float | None:
+    """Of those that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return float(median(known)) if known else None
 
@@ -158,7 +164,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 def _false_ban_table(results: list[Result]) -> Table:
     alpha = Settings().alpha
     rows = []
-    for detector in _detectors(results):
+    for detector in detectors_of(results):
         mine = [one for one in results if one.case.row == NO_ATTACK and one.case.config.detector == detector]
         honest = sum(one.summary["honest_workers"] for one in mine)
         false_bans = sum(one.summary["false_bans"] for one in mine)
@@ -190,7 +196,7 @@ def _ablation_table(results: list[Result]) -> Table:
                 what,
                 *(_mean(one.summary["f1"] for one in some) for some in by_attack),
                 _mean(one.summary["f1"] for one in mine),
-                _median(one.summary["rounds_to_ban_median"] for one in mine),
+                median_known(one.summary["rounds_to_ban_median"] for one in mine),
                 max((one for one in harms if one is not None), default=None),
                 sum(one.summary["false_bans"] for one in mine),
                 sum(one.summary["false_bans"] for one in quiet),
@@ -210,9 +216,9 @@ def _attack_of(result: Result) -> tuple[str | None, str]:
 
 def _harm_beside(quiet: list[Result], result: Result) -> float | None:
     """Nats that this run lost against the one of the same seed among `quiet`; None if either is not known."""
-    loss = _loss(result)
-    free = next((_loss(one) for one in quiet if one.case.config.seed == result.case.config.seed), None)
-    return None if free is None or loss is None else loss - free
+    return _lost(
+        result, next((_loss(one) for one in quiet if one.case.config.seed == result.case.config.seed), None)
+    )
 
 
 def _scale_table(results: list[Result]) -> Table:

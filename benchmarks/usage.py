@@ -31,8 +31,9 @@ class Meter:
         self._from = {name: sum(map(_seconds, family)) for name, family in self._families.items()}
         self._latest = dict(self._from)
 
-    def read(self) -> None:
-        if monotonic() - self._read_at < _EVERY:
+    def read(self, *, every: float = _EVERY) -> None:
+        """Unless the last reading is less than `every` seconds old."""
+        if monotonic() - self._read_at < every:
             return
         self._read_at = monotonic()
         for name, family in self._families.items():
