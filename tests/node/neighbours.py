@@ -134,8 +134,11 @@ class Neighbour:
         self.link = await self.switchboard.connect(self.victim.peer, self.victim.place.addresses)
 
     async def leave(self) -> None:
+        theirs = self.victim.switchboard.links.get(self.place.identity.peer_id)
         self.link.close()
         await asyncio.wait_for(self.down.wait(), WITHIN)
+        # Who comes back before the other side has noticed makes it give up the old link, and has to dial twice.
+        await until(lambda: theirs is None or theirs.closed)
 
     def on_link_up(self, link: Link) -> None: ...
 
