@@ -85,7 +85,15 @@ class Injector:
         manifest, pipeline = self._replica.manifest, self._replica.pipeline
         heads = max(1, len(self._replica.heads.replicas()))
         share = min(pipeline.capacity, -(-manifest.batch.microbatches // heads))
-        return share if manifest.schedule.kind == "synchronous" else min(share, pipeline.window.size)
+        if manifest.schedule.kind == "synchronous":
+            return share
+        return min(share, pipeline.window.unqueued if self._is_ahead() else pipeline.window.size)
+
+    def _is_ahead(self) -> bool:
+        """Whether all that the round still needs is under way: what is injected now comes back for a later one."""
+        heads, own = self._replica.heads, self._replica.peer_id
+        others = sum(len(progress.in_flight) for peer, progress in heads.replicas().items() if peer != own)
+        return others + len(self._replica.pipeline.flights) >= heads.missing(self._replica.rounds.version)
 
     async def _may_begin(self) -> bool:
         """Before the first round: whether every stage has the replicas that the manifest asks for."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 
 _GAIN = 2.0
+_JITTER = 1.5
+"""Times what is on its way: the estimate of it, from trips that differ, comes out low."""
 _QUEUED = 1.0
 """Microbatches beyond that: the next one for whoever becomes free. It begins with as many."""
 _CRUISE, _PROBE = 8, 2
@@ -31,6 +33,12 @@ class Window:
     def size(self) -> int:
         """Microbatches; at least one."""
         return max(1, math.ceil((self._size - _QUEUED) / _GAIN) if self._is_probing else int(self._size))
+
+    @property
+    def unqueued(self) -> int:
+        """Microbatches, at least one, where their gradients come back a round late anyway: what is on its way, as each
+        one that queues makes one more of them late."""
+        return min(self.size, max(1, round(_JITTER * (self._size - _QUEUED) / _GAIN)))
 
     def note(self, seconds: float, in_flight: int) -> None:
         """A microbatch came back after `seconds` > 0, while `in_flight` of ours were under way, itself included."""

@@ -12,14 +12,17 @@ from node.window import Window
 SERVICE = 0.05
 
 
-def simulate(delay: float, trips: int = 2000) -> tuple[float, float]:
+def simulate(delay: float, trips: int = 2000, *, is_late: bool = False) -> tuple[float, float]:
     """(share of the server's time that is used, mean in flight) of the second half, behind `delay` seconds there and
-    as many back, with one server that takes `SERVICE` seconds a microbatch."""
+    as many back, with one server that takes `SERVICE` seconds a microbatch.
+
+    `is_late`: every other one comes back a round late anyway.
+    """
     window, order = Window(), count()
     now, free_at, in_flight, half, held = 0.0, 0.0, 0, 0.0, 0
     back: list[tuple[float, int, float]] = []
     for done in range(trips):
-        while in_flight < window.size:
+        while in_flight < (window.unqueued if is_late and done % 2 else window.size):
             free_at = max(free_at, now + delay) + SERVICE
             heapq.heappush(back, (free_at + delay, next(order), now))
             in_flight += 1
@@ -38,6 +41,15 @@ def test_it_holds_what_keeps_the_server_busy_and_about_twice_that(delay: float) 
     needed = (2 * delay + SERVICE) / SERVICE
     assert used > 0.97
     assert needed <= in_flight <= 2 * needed + 4
+
+
+def test_late_work_does_not_queue_and_keeps_the_server_busy_behind_a_long_way() -> None:
+    used, _ = simulate(0.4, is_late=True)
+    assert used > 0.97
+    window = Window()
+    for _ in range(100):
+        window.note(0.1 * window.size, window.size)
+    assert window.unqueued <= 2
 
 
 def test_it_begins_small_and_grows_while_nothing_queues() -> None:
