@@ -92,6 +92,8 @@ class Pipeline:
         self.finished = FinishedStore(hold_bytes)
         self.dropped = FinishedStore(hold_bytes // 4)
         """What was given up, kept for the same while as evidence."""
+        self.flagged = asyncio.Event()
+        """Set when something that came to us was flagged: it is among what was dropped."""
         self._serials = itertools.count(1)
         self.counts: Counter[str] = Counter()
         self.losses: dict[int, float] = {}
@@ -487,6 +489,8 @@ class Pipeline:
             flight.flagged = Direction.ACTIVATION if culprit is None else Direction.GRADIENT
         culprit = culprit or flight.previous
         self._lose(flight, error.reason)
+        if flight.flagged is not None:
+            self.flagged.set()
         if culprit is None:
             return
         if error.reason in (Reason.WRONG_DIGEST, Reason.MALFORMED):

@@ -29,6 +29,7 @@ from protocol.introduction import fetch_manifest
 from protocol.invite import Invite
 from protocol.manifest import Manifest
 from protocol.reports import Metrics
+from protocol.samples import ALARM_EVERY
 from protocol.tasks import TaskSet
 from protocol.votes import SignedVote
 
@@ -149,6 +150,7 @@ class Volunteer:
         replica.serve()
         tasks.spawn(replica.rounds.run())
         tasks.spawn(replica.pipeline.watch())
+        tasks.every(ALARM_EVERY, replica.witness.sound_alarm)
         tasks.every(_CHECKPOINT_EVERY, self._save_checkpoint)
         if corpus is not None:
             injector = Injector(replica, self._directory, corpus)

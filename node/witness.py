@@ -6,6 +6,7 @@ our compute.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -24,10 +25,13 @@ from protocol.identity import PeerId
 from protocol.links import Answer, Link, Switchboard
 from protocol.messages import MAX_CHUNK
 from protocol.receipts import Direction
+from protocol.requests import Nothing
 from protocol.samples import (
+    ALARM_EVERY,
     MAX_LISTED,
     REDO,
     REDO_REST,
+    SAMPLE_ALARM,
     SAMPLE_LIST,
     SAMPLE_SHOW,
     Listed,
@@ -70,7 +74,7 @@ class Witness:
         passes: StagePasses,
         pipeline: Pipeline,
     ) -> None:
-        self._verifiers, self._compute = verifiers, compute
+        self._switchboard, self._verifiers, self._compute = switchboard, verifiers, compute
         self._passes, self._pipeline = passes, pipeline
         self._shown_bytes: Counter[PeerId] = Counter()
         self._redo_seconds: dict[PeerId, float] = dict.fromkeys(verifiers, 0.0)
@@ -91,6 +95,15 @@ class Witness:
             raise ProtocolError(Reason.WRONG_PEER, f"{link.peer} is no verifier of this run")
 
     # --- what passed ---
+
+    async def sound_alarm(self) -> None:
+        """Once something is flagged, tell the verifiers, so that they ask at once what it is."""
+        await self._pipeline.flagged.wait()
+        self._pipeline.flagged.clear()
+        links = [link for peer, link in self._switchboard.links.items() if peer in self._verifiers]
+        # Whom it does not reach asks anyway, a little later.
+        tellings = [link.request(SAMPLE_ALARM, Nothing(), timeout=ALARM_EVERY) for link in links]
+        await asyncio.gather(*tellings, return_exceptions=True)
 
     async def _list(self, link: Link, body: bytes, payload: memoryview) -> Answer:
         self._check_verifier(link)

@@ -13,11 +13,14 @@ from protocol import wire
 from protocol.receipts import Direction, MicrobatchId, SignedReceipt
 from protocol.wire import Count, Natural, PeerName
 
+SAMPLE_ALARM: Final = "sample.alarm"
 SAMPLE_LIST: Final = "sample.list"
 SAMPLE_SHOW: Final = "sample.show"
 REDO: Final = "redo"
 REDO_REST: Final = "redo.rest"
 
+ALARM_EVERY: Final = 1.0
+"""Seconds between two alarms of one node; what comes twice as often is not heard."""
 MAX_LISTED: Final = 256
 STATE_BYTES: Final = 8
 StateMark = Annotated[bytes, msgspec.Meta(max_length=STATE_BYTES)]

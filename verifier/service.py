@@ -16,14 +16,15 @@ import structlog
 from protocol import wire
 from protocol.ballots import Ballots
 from protocol.directory import Directory
-from protocol.errors import ProtocolError, UserError
+from protocol.errors import ProtocolError, Reason, UserError
 from protocol.host import DEFAULT_LISTEN, Host
 from protocol.identity import Identity, PeerId
 from protocol.introduction import Deaf, fetch_manifest
 from protocol.invite import Invite
-from protocol.links import Link, Switchboard
+from protocol.links import Answer, Link, Switchboard
 from protocol.manifest import SignedManifest
-from protocol.samples import Effort, effort_topic
+from protocol.requests import Nothing
+from protocol.samples import ALARM_EVERY, SAMPLE_ALARM, Effort, effort_topic
 from protocol.tasks import TaskSet, wait_for
 from protocol.vote_set import VoteSet
 from verifier.inquirer import Inquirer
@@ -62,6 +63,7 @@ class _Node:
     addresses: Sequence[str] = ()
     throughput: float = 0.0
     cursor: int = 0
+    alarm_at: float = -ALARM_EVERY
     lost_at: float | None = None
 
 
@@ -78,6 +80,9 @@ class Verifier:
         self._strangers: set[PeerId] = set()
         """Named by nodes as their neighbours, and not known to us; as of the last listening."""
         self._met_at, self._turn, self._lead = -MEET_EVERY, 0, 0.0
+        self._called = asyncio.Event()
+        """Set by a node's alarm, and by every vote."""
+        self._is_alarmed = False
         self._heard = asyncio.Event()
 
     # --- joining ---
@@ -128,6 +133,8 @@ class Verifier:
             seeds=self._config.invite.seeds,
             path=key.with_name(f"{key.stem}-{signed.run.hex()[:16]}.votes"),
         )
+        self._ballots.changed = self._called
+        self._switchboard.methods[SAMPLE_ALARM] = self._on_alarm
         await self._switchboard.start()
         await self._ballots.start()
         await self._ballots.catch_up()
@@ -180,13 +187,14 @@ class Verifier:
                 node.throughput, node.addresses = record.throughput, record.addresses
 
     async def _listen(self) -> None:
-        """By the clock; closely while somebody is accused, from the vote on that says so."""
+        """By the clock; at once when a node has flagged something; closely while somebody is accused, from the vote on
+        that says so."""
         if not self._spokesman.accused():
-            await wait_for(self._ballots.changed, LISTEN_EVERY - (time() + self._lead) % LISTEN_EVERY)
+            await wait_for(self._called, LISTEN_EVERY - (time() + self._lead) % LISTEN_EVERY)
         turn = int((time() + self._lead + _EARLY) // LISTEN_EVERY)
-        if turn == self._turn and not self._spokesman.accused():
+        if turn == self._turn and not self._is_alarmed and not self._spokesman.accused():
             return
-        self._turn = turn
+        self._turn, self._is_alarmed = turn, False
         before = self.judge.traffic.finished
         await asyncio.gather(*(self._listen_to(peer, link) for peer, link in self._links.items()))
         self.judge.earn(self.judge.traffic.finished - before)
@@ -196,6 +204,18 @@ class Verifier:
             node.stage = self._links[peer].stage if peer in self._links else node.stage
             if node.lost_at is not None:
                 self.judge.note_lost(peer, now - node.lost_at)
+
+    async def _on_alarm(self, link: Link, body: bytes, payload: memoryview) -> Answer:
+        """A node has flagged something. The checks, in order: form, known to us (wrong_peer), not too often (busy)."""
+        wire.decode(Nothing, body)
+        node, now = self._nodes.get(link.peer), monotonic()
+        if node is None:
+            raise ProtocolError(Reason.WRONG_PEER, f"{link.peer} is no node that we know of")
+        if now - node.alarm_at < ALARM_EVERY / 2:
+            raise ProtocolError(Reason.BUSY, "alarmed already")
+        node.alarm_at, self._is_alarmed = now, True
+        self._called.set()
+        return b"", memoryview(b"")
 
     async def _listen_to(self, peer: PeerId, link: Link) -> None:
         node = self._nodes.setdefault(peer, _Node(link.stage, monotonic()))

@@ -15,9 +15,10 @@ from node.witness import Witness
 from protocol.codec import TensorHeader, decode_tensor, digest
 from protocol.errors import ProtocolError, Reason
 from protocol.introduction import Deaf
-from protocol.links import Switchboard
+from protocol.links import Answer, Link, Switchboard
 from protocol.messages import Credit, Gradient
 from protocol.receipts import Direction, MicrobatchId
+from protocol.samples import SAMPLE_ALARM, Passage
 from tests.node.neighbours import CPU, Neighbour, Place, Victim, round_trip, until
 from tests.swarms import small_manifest
 from verifier.audit import agrees
@@ -79,6 +80,23 @@ async def test_it_lists_what_passed_and_goes_on_from_there(court: Court) -> None
     second = await court.passed(2)
     later = await court.inquirer.list_passages(link, listed.serial)
     assert [one.microbatch for one in later.passages] == [second]
+
+
+async def test_what_is_flagged_raises_an_alarm_and_is_listed_by_then(court: Court) -> None:
+    flagged: asyncio.Future[Passage] = asyncio.get_running_loop().create_future()
+
+    async def on_alarm(link: Link, body: bytes, payload: memoryview) -> Answer:
+        (passage,) = (await court.inquirer.list_passages(link, 0)).passages
+        flagged.set_result(passage)
+        return b"", memoryview(b"")
+
+    court.verifier.methods[SAMPLE_ALARM] = on_alarm
+    sounding = asyncio.create_task(court.witness.sound_alarm())
+    court.head.activate(1, float("nan"))
+    async with asyncio.timeout(20):
+        passage = await flagged
+        await sounding
+    assert passage.microbatch.slot == 1 and passage.flagged is ACTIVATION
 
 
 @pytest.mark.parametrize("direction", Direction)
