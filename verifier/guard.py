@@ -187,20 +187,24 @@ class LossGuard:
     Whatever is done to an activation, harm to the model is loss: this sees what keeps the marginals as they are, such
     as flipped signs or another microbatch's activation. One microbatch's loss says little, since texts differ; so for
     each sender the standardised losses are summed up, less an allowance (Page's CUSUM, 1954), and what it sends is
-    flagged while the sum is above `limit`, in robust standard deviations. That names nobody, as the corruption may be
-    older than the sender: verifiers look at what is flagged. If most senders are odd all starts anew, as for `Guard`.
+    flagged while the sum is above `limit`, in robust standard deviations. The loss falls as training goes on, in its
+    beginning by more than texts differ: so what is standardised is how far a loss is from the few before it, among how
+    far the latest were. That names nobody, as the corruption may be older than the sender: verifiers look at what is
+    flagged. If most senders are odd all starts anew, as for `Guard`.
     """
 
     _allowance = 1.0
+    _near = 6
     _enough = 8
-    # The loss falls as training goes on: what it was long ago says little.
     _remembered = 24
     _finest = 0.02
     _most_senders = 256
 
     def __init__(self, limit: float = 6.0) -> None:
         self._limit = limit
-        self._usual: deque[float] = deque(maxlen=self._remembered)
+        self._usual: deque[float] = deque(maxlen=self._near)
+        self._away: deque[float] = deque(maxlen=self._remembered)
+        """How far the latest usual losses were from the median of those before them."""
         self._sums: OrderedDict[Peer, float] = OrderedDict()
         self._latest = _Latest()
 
@@ -211,12 +215,11 @@ class LossGuard:
         """
         if is_retry:
             return self._sums.get(sender, 0.0) <= self._limit
-        if len(self._usual) < self._enough:
+        if len(self._usual) < self._near:
             self._usual.append(loss)
             return True
-        centre = median(self._usual)
-        scale = max(1.4826 * median(abs(one - centre) for one in self._usual), self._finest * centre)
-        beyond = (loss - centre) / scale - self._allowance
+        expected = median(self._usual)
+        beyond = self._standardised(loss - expected, expected) - self._allowance
         # Bounded, so that a sender that mends is believed again soon.
         total = min(max(0.0, self._sums.pop(sender, 0.0) + beyond), 2 * self._limit)
         self._sums[sender] = total
@@ -225,7 +228,17 @@ class LossGuard:
         is_odd = total > self._limit
         if not is_odd:
             self._usual.append(loss)
+            self._away.append(loss - expected)
         if self._latest.note(sender, is_odd):
             self._usual.clear()
+            self._away.clear()
             self._sums.clear()
         return not is_odd
+
+    def _standardised(self, away: float, expected: float) -> float:
+        if len(self._away) < self._enough:
+            return 0.0
+        centre = median(self._away)
+        spread = 1.4826 * median(abs(one - centre) for one in self._away)
+        # A fall may end at any time: that alone is no more than the allowance.
+        return (away - centre) / max(spread, abs(centre), self._finest * expected)

@@ -114,6 +114,28 @@ def test_the_sender_whose_activations_cost_loss_is_flagged_soon_and_nobody_else(
     assert flagged["peer0"][-1] < 290, "believed again once it has mended"
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fall_that_slows_down_is_held_against_nobody(seed: int) -> None:
+    """Not even where one sender sends nearly everything, so that no other one is seen to do the same."""
+    generator, guard = np.random.default_rng(seed), LossGuard()
+    for step in range(100):
+        loss = max(3.5, 6.2 - 0.18 * step) + 0.15 * float(generator.standard_normal())
+        assert guard.check(loss, f"peer{step % 8 == 0}"), step
+
+
+def test_a_loss_that_falls_fast_hides_nobody() -> None:
+    """In a run's first rounds losses fall by more than texts differ."""
+    generator, guard = np.random.default_rng(0), LossGuard()
+    flagged = []
+    for step in range(60):
+        loss = 3.2 + 3.0 * 0.93**step + 0.2 * float(generator.standard_normal())
+        is_bad = step >= 30 and step % 3 == 0
+        if not guard.check(loss + 0.9 * is_bad, f"peer{step % 3}"):
+            flagged.append(step)
+    assert flagged and flagged[0] <= 42, "within five of its microbatches"
+    assert all(step % 3 == 0 for step in flagged)
+
+
 def test_losses_that_rise_for_everybody_do_not_end_the_run() -> None:
     generator, guard = np.random.default_rng(0), LossGuard()
     for step in range(200):
