@@ -48,7 +48,9 @@ _TINY = Preset(
     },
     stages=3,
     rounds=60,
-    batch=BatchSection(context=64, sequences=4, microbatches=16),
+    # Nearly half of a microbatch's cost in all processes does not depend on its size, so few large ones; and yet so
+    # many that not most of a round's are in flight when it ends, and that one soon sees who corrupts some.
+    batch=BatchSection(context=64, sequences=6, microbatches=10),
     # No momentum: it makes gradients that are one round old overshoot (and does not help without delay either).
     optimizer=OptimizerSection(lr=2e-3, beta1=0.0, warmup_rounds=10),
 )
