@@ -38,7 +38,7 @@ class Window:
     def unqueued(self) -> int:
         """Microbatches, at least one, where their gradients come back a round late anyway: what is on its way, as each
         one that queues makes one more of them late."""
-        return min(self.size, max(1, round(_JITTER * (self._size - _QUEUED) / _GAIN)))
+        return max(1, round(_JITTER * (self._size - _QUEUED) / _GAIN))
 
     def note(self, seconds: float, in_flight: int) -> None:
         """A microbatch came back after `seconds` > 0, while `in_flight` of ours were under way, itself included."""
