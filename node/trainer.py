@@ -27,13 +27,13 @@ _PARALLEL_HASH_BYTES = 1 << 20
 class Pass:
     """One microbatch's way forward through the stage: its output, and the graph until it is released."""
 
-    def __init__(self, x: Tensor, output: Tensor, leaves: list[Tensor], version: int) -> None:
+    def __init__(self, x: Tensor, output: Tensor, leaves: Sequence[Tensor], version: int) -> None:
         self.version = version
         self.state = b""
         self.output = _to_host(output.detach())
         self._x: Tensor | None = x
         self._graph: Tensor | None = output
-        self._leaves: list[Tensor] = leaves
+        self._leaves = leaves
 
     @property
     def inputs(self) -> Tensor:
@@ -45,7 +45,7 @@ class Pass:
     def release(self) -> None:
         """Drop the graph, and with it the weights it was made with. Harmless to repeat."""
         self._x = self._graph = None
-        self._leaves = []
+        self._leaves = ()
 
 
 class StageTrainer:
@@ -91,7 +91,7 @@ class StageTrainer:
         inputs = self._inputs(x)
         with self._autocast():
             output = self.module(inputs)
-        taken = Pass(inputs, output, list(self._leaves), self.version)
+        taken = Pass(inputs, output, self._leaves, self.version)
         self._live.add(taken)
         return taken
 
@@ -144,16 +144,15 @@ class StageTrainer:
         Shapes as in `forward` and `loss_backward`, the latter's loss a mean over what is given. Accumulates nothing.
         Raises `ValueError` for a version whose weights are not kept.
         """
-        current = self._weights
-        if version != self.version and version not in self._past:
+        if version == self.version:
+            return self._redo(x, grad_output, labels)
+        if version not in self._past:
             raise ValueError(f"the weights of version {version} are not kept")
-        self._weights = current if version == self.version else self._past[version]
-        self._bind()
+        self._place([nn.Parameter(view, requires_grad=False) for view in self._views(self._past[version])])
         try:
             return self._redo(x, grad_output, labels)
         finally:
-            self._weights = current
-            self._bind()
+            self._place(self._leaves)
 
     def _redo(self, x: Tensor, grad_output: Tensor | None, labels: Tensor | None) -> Tensor:
         inputs = self._inputs(x)
@@ -277,11 +276,14 @@ class StageTrainer:
 
     def _bind(self) -> None:
         """Make the module's parameters views of the flat weights."""
-        views = self._views(self._weights)
-        self._leaves: list[Tensor] = [nn.Parameter(view) for view in views]
-        for places, parameter in zip(self._slots, self._leaves, strict=True):
+        self._leaves = tuple(nn.Parameter(view) for view in self._views(self._weights))
+        self._place(self._leaves)
+
+    def _place(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Put these in the places of the module's own; what `setattr` would check costs more than all the rest."""
+        for places, parameter in zip(self._slots, parameters, strict=True):
             for owner, name in places:
-                setattr(owner, name, parameter)
+                owner._parameters[name] = parameter
 
     def _reset_accumulator(self) -> None:
         self._gradient = torch.zeros_like(self._weights)

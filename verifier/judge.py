@@ -40,8 +40,9 @@ BYTES_SHARE = 0.04
 ALARM_SHARE = 0.02
 """Share of the microbatches that one verifier may look at for alarms and suspicions, beyond what it samples."""
 ALARMS_SAVED = 24.0
-RECOMPUTE_SHARE = 0.006
-"""Share of the run's compute that all verifiers together may have done again."""
+RECOMPUTE_SHARE = 0.004
+"""Share of the run's compute that all verifiers together may have done again. By sequences: one alone costs a small
+stage up to twice its share of a microbatch."""
 HEARINGS_SAVED = 24.0
 """What may be saved up for hearings, in forward passes of one sequence: several worst cases of a small stage."""
 _ROUTINE_ABOVE = HEARINGS_SAVED * 3 / 4
