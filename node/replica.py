@@ -35,7 +35,8 @@ from protocol.votes import Verdict
 
 log = structlog.get_logger("node")
 
-_MAX_PAST = 8
+_MAX_PAST = 32
+"""Versions whose weights are kept at most. Rounds of a small model are short, and a verifier looks seconds later."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ class Journey:
     """The weights that each holder says it used; whoever is not in it has not spoken for itself yet."""
     drawn: bool = False
 
+    @property
+    def peers(self) -> set[PeerId]:
+        return set(self.path.values())
+
     def blamed(self, stages: int) -> set[PeerId]:
         """Whose work on it others should do again: who sent what was flagged; and where a tail flagged it, as it does
         for its loss, the head too, whose labels may be others than the text's."""
@@ -107,31 +111,26 @@ class Traffic:
         wanted: Collection[PeerId] = (),
         start: Journey | None = None,
     ) -> list[Journey]:
-        """A panel of at most `most`, beginning with `start`: each adds a replica that was not in it yet.
-
-        Peers in `wanted` come first, and twice.
+        """A panel of at most `most`, beginning with `start`: each adds replicas that were not in it yet, the more the
+        likelier. Peers in `wanted` come first, and twice.
         """
-        candidates = [one for one in self._fresh(now) if self._is_ready(one, now)]
-        first = set(wanted)
+        panel = [start] if start is not None else []
+        pool = [one for one in self._fresh(now) if one is not start and self._is_ready(one, now)]
+        covered = {peer for one in panel for peer in one.peers}
+        due = set(wanted)
 
         def rank(one: Journey) -> tuple[int, float]:
+            # Replicas are compared with each other: one more of them is worth as much as all freshness.
+            worth = FRESH * len(one.peers - covered) - (now - one.heard)
             # A weighted draw without replacement (Efraimidis and Spirakis, 2006).
-            lot = generator.expovariate(2 ** (-(now - one.heard) / _HALF))
-            return -len(first.intersection(one.path.values())) if first else 0, lot
+            return -len(one.peers & due), generator.expovariate(2 ** (worth / _HALF))
 
-        candidates.sort(key=rank)
-        panel = [start] if start is not None else []
-        covered = {peer for one in panel for peer in one.path.values()}
-        doubled: set[PeerId] = set()
-        for journey in candidates:
-            if len(panel) >= most:
-                break
-            peers = set(journey.path.values())
-            again = (peers & first) - doubled
-            if journey is not start and (peers - covered or again):
-                panel.append(journey)
-                doubled |= again & covered
-                covered |= peers
+        while len(panel) < most and (pool := [one for one in pool if one.peers & due or one.peers - covered]):
+            best = min(pool, key=rank)
+            pool.remove(best)
+            panel.append(best)
+            due -= best.peers & covered
+            covered |= best.peers
         for journey in panel:
             journey.drawn = True
         return panel

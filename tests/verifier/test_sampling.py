@@ -43,11 +43,8 @@ def busy(generator: random.Random, count: int = 200) -> Traffic:
 def test_a_panel_covers_every_replica_with_few_microbatches() -> None:
     for seed in range(20):
         generator = random.Random(seed)
-        panel = busy(generator).draw(generator, 1.0, most=9)
-        assert {peer for one in panel for peer in one.path.values()} == {
-            peer for stage in PEERS for peer in stage
-        }
-        assert len(panel) <= 2 * REPLICAS
+        panel = busy(generator).draw(generator, 1.0, most=REPLICAS + 1)
+        assert set().union(*(one.peers for one in panel)) == {peer for stage in PEERS for peer in stage}
 
 
 def test_a_panel_is_drawn_by_the_verifiers_own_randomness() -> None:
