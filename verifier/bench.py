@@ -62,16 +62,20 @@ class Bench:
     def worth_hearing(
         self, screening: Screening, works: Sequence[Work], accused: Collection[PeerId]
     ) -> list[int]:
-        """Places of works that others should do again: of the accused and of who looks odd, the oddest first."""
-        chosen = [
-            place for place, work in enumerate(works) if screening.wanted[place] or work.peer in accused
-        ]
+        """Places of works that others should do again, the oddest first: of each accused the oddest work, and the
+        oddest of all others that look odd. Where many do, it is rather the baseline that is off."""
         chosen = [
             place
-            for place in chosen
-            if works[place].peer not in self._convicted and not self._is_known_stray(works[place])
+            for place, work in enumerate(works)
+            if (screening.wanted[place] or work.peer in accused)
+            and work.peer not in self._convicted
+            and not self._is_known_stray(work)
         ]
-        return sorted(chosen, key=lambda place: -float(screening.raw[place].max()))
+        oddest: dict[PeerId | None, int] = {}
+        for place in sorted(chosen, key=lambda place: -float(screening.raw[place].max())):
+            peer = works[place].peer
+            oddest.setdefault(peer if peer in accused else None, place)
+        return list(oddest.values())
 
     def record(
         self, screening: Screening, works: Sequence[Work], findings: Mapping[int, Finding], now: float

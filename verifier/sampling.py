@@ -22,8 +22,10 @@ SPEAK_WITHIN = 5.0
 """Seconds within which everybody on a microbatch's way must have said what it did."""
 FRESH = 12.0
 """Seconds after a microbatch was first heard of during which it may be drawn: its tensors are held a little longer."""
-_HALF = 3.0
+_HALF = 1.0
 """Seconds in which a microbatch's weight in the draw halves: any may be drawn, and an attack is best seen soon."""
+_REPLICA = 4.0
+"""Seconds that a microbatch may be older for each replica more that it brings in: they are compared with each other."""
 
 Path = Mapping[StageIndex, PeerId]
 
@@ -119,14 +121,13 @@ class Traffic:
         covered = {peer for one in panel for peer in one.peers}
         due = set(wanted)
 
-        def rank(one: Journey) -> tuple[int, float]:
-            # Replicas are compared with each other: one more of them is worth as much as all freshness.
-            worth = FRESH * len(one.peers - covered) - (now - one.heard)
+        def lot(one: Journey) -> float:
+            worth = _REPLICA * (len(one.peers - covered) + 2 * len(one.peers & due)) - (now - one.heard)
             # A weighted draw without replacement (Efraimidis and Spirakis, 2006).
-            return -len(one.peers & due), generator.expovariate(2 ** (worth / _HALF))
+            return generator.expovariate(2 ** (worth / _HALF))
 
         while len(panel) < most and (pool := [one for one in pool if one.peers & due or one.peers - covered]):
-            best = min(pool, key=rank)
+            best = min(pool, key=lot)
             pool.remove(best)
             panel.append(best)
             due -= best.peers & covered
