@@ -52,6 +52,8 @@ PURSUE_EVERY = 1.5
 """Seconds between two panels for the same suspicions: they would show the same again."""
 _FEW = 4
 """Samples of a peer below which it is new."""
+_ACCUSED, _NEWCOMER = 2.0, 0.5
+"""What it is worth to have one in a panel, in replicas more."""
 _PULSE, _STALL = 0.5, 3.0
 _ITS_OWN_DOING = frozenset(
     {
@@ -158,15 +160,15 @@ class Judge:
         draw = partial(self.traffic.draw, self._generator, now, most=size)
         alarms = self.traffic.alarms(now)
         if alarms and self._alarms.can_pay(size):
-            panel = draw(start=self._generator.choice(alarms), wanted=accused)
+            panel = draw(start=self._generator.choice(alarms), wanted=dict.fromkeys(accused, _ACCUSED))
             self.counts["alarms"] += 1
             self._alarms.pay(len(panel))
         elif accused and self._alarms.can_pay(size) and now - self._pursued_at >= PURSUE_EVERY:
             self._pursued_at = now
-            panel = draw(wanted=accused)
+            panel = draw(wanted=dict.fromkeys(accused, _ACCUSED))
             self._alarms.pay(len(panel))
         elif self._routine.can_pay(size):
-            panel = draw(wanted=new)
+            panel = draw(wanted=dict.fromkeys(new, _NEWCOMER))
             self._routine.pay(len(panel))
         else:
             panel = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from protocol.identity import PeerId
@@ -110,27 +110,31 @@ class Traffic:
         now: float,
         *,
         most: int,
-        wanted: Collection[PeerId] = (),
+        wanted: Mapping[PeerId, float] | None = None,
         start: Journey | None = None,
     ) -> list[Journey]:
         """A panel of at most `most`, beginning with `start`: each adds replicas that were not in it yet, the more the
-        likelier. Peers in `wanted` come first, and twice.
+        likelier. Until they have come twice, peers in `wanted` are worth so many replicas more.
         """
         panel = [start] if start is not None else []
         pool = [one for one in self._fresh(now) if one is not start and self._is_ready(one, now)]
         covered = {peer for one in panel for peer in one.peers}
-        due = set(wanted)
+        due = dict(wanted or {})
 
         def lot(one: Journey) -> float:
-            worth = _REPLICA * (len(one.peers - covered) + 2 * len(one.peers & due)) - (now - one.heard)
+            replicas = len(one.peers - covered) + sum(due.get(peer, 0.0) for peer in one.peers)
+            worth = _REPLICA * replicas - (now - one.heard)
             # A weighted draw without replacement (Efraimidis and Spirakis, 2006).
             return generator.expovariate(2 ** (worth / _HALF))
 
-        while len(panel) < most and (pool := [one for one in pool if one.peers & due or one.peers - covered]):
+        while len(panel) < most and (
+            pool := [one for one in pool if one.peers - covered or one.peers & due.keys()]
+        ):
             best = min(pool, key=lot)
             pool.remove(best)
             panel.append(best)
-            due -= best.peers & covered
+            for peer in best.peers & covered:
+                due.pop(peer, None)
             covered |= best.peers
         for journey in panel:
             journey.drawn = True
