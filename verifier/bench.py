@@ -12,6 +12,7 @@ import torch
 from protocol import wire
 from protocol.codec import digest
 from protocol.identity import PeerId
+from protocol.receipts import MicrobatchId
 from protocol.reputation import MAX_WORDS
 from protocol.votes import MAX_TEXT, Cause, Verdict
 from verifier.conduct import Conduct
@@ -60,10 +61,15 @@ class Bench:
         return self._sentinel.screen(hops_of(works, round), quorum_of(replicas))
 
     def worth_hearing(
-        self, screening: Screening, works: Sequence[Work], accused: Collection[PeerId]
+        self,
+        screening: Screening,
+        works: Sequence[Work],
+        accused: Collection[PeerId],
+        flagged: Collection[MicrobatchId] = (),
     ) -> list[int]:
-        """Places of works that others should do again, the oddest first: of each accused the oddest work, and the
-        oddest of all others that look odd. Where many do, it is rather the baseline that is off."""
+        """Places of works that others should do again, the oddest first: of each accused the oddest work and those on
+        `flagged` microbatches, and the oddest of all others that look odd. Where many do, it is rather the baseline
+        that is off."""
         chosen = [
             place
             for place, work in enumerate(works)
@@ -71,10 +77,11 @@ class Bench:
             and work.peer not in self._convicted
             and not self._is_known_stray(work)
         ]
-        oddest: dict[PeerId | None, int] = {}
+        oddest: dict[tuple[PeerId, MicrobatchId | None] | None, int] = {}
         for place in sorted(chosen, key=lambda place: -float(screening.raw[place].max())):
-            peer = works[place].peer
-            oddest.setdefault(peer if peer in accused else None, place)
+            peer, microbatch = works[place].peer, works[place].receipt.microbatch
+            key = (peer, microbatch if microbatch in flagged else None) if peer in accused else None
+            oddest.setdefault(key, place)
         return list(oddest.values())
 
     def record(

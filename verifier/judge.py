@@ -180,10 +180,11 @@ class Judge:
         found = await asyncio.gather(*(self._look_at(journey) for journey in panel))
         works = [work for some in found for work in some if not self._is_banned(work.peer)]
         suspects = {*accused, *(peer for journey in panel for peer in journey.blamed(self._stages))}
+        flagged = {journey.microbatch for journey in panel if journey.flagged}
         for (stage, _), group in streams_of(works):
             replicas = self._replicas(stage)
             screening = await self._in_thread(self.bench.screen, group, self._round, len(replicas))
-            places = self.bench.worth_hearing(screening, group, suspects)
+            places = self.bench.worth_hearing(screening, group, suspects, flagged)
             places += self._routine_hearing(group, places)
             heard = await asyncio.gather(*(self._hear(group[place], replicas) for place in places))
             findings = {

@@ -87,6 +87,18 @@ def test_who_replaced_labels_is_banned_by_its_own_receipts_without_a_hearing() -
     assert all(bench.opinion(peer, 0.0).verdict is Verdict.OK for peer in PEERS[1:])
 
 
+def test_of_many_odd_works_one_is_heard_and_what_was_flagged_in_any_case() -> None:
+    bench, stage = Bench(Settings(recompute=0.0)), Stage()
+    works = panel(stage, 1, None) + panel(stage, 2, 3.0) + panel(stage, 3, 2.0)
+    screening = bench.screen(works, 1, 3)
+    assert {3, 6} < set(np.flatnonzero(screening.odd))
+    assert bench.worth_hearing(screening, works, ()) == [3]
+    accused = bench.worth_hearing(screening, works, {PEERS[0]})
+    assert accused[0] == 3 and len(accused) == 2 and works[accused[1]].peer != PEERS[0]
+    flagged = works[0].receipt.microbatch
+    assert set(bench.worth_hearing(screening, works, {PEERS[0]}, {flagged})) == {*accused, 0}
+
+
 def test_other_labels_are_not_excused_by_other_weights() -> None:
     bench = Bench(Settings(recompute=0.0))
     works = panel(Stage(), 1, None, THEIRS)
