@@ -27,6 +27,9 @@ _HALF = 1.0
 _REPLICA = 4.0
 """Seconds that a microbatch may be older for each replica more that it brings in: they are compared with each other."""
 
+_MAX_CANDIDATES = 256
+"""Of more that might be drawn, so many are by an even lot: a draw looks at each again and again."""
+
 Path = Mapping[StageIndex, PeerId]
 
 
@@ -117,25 +120,25 @@ class Traffic:
         likelier. Until they have come twice, peers in `wanted` are worth so many replicas more.
         """
         panel = [start] if start is not None else []
-        pool = [one for one in self._fresh(now) if one is not start and self._is_ready(one, now)]
+        ready = [one for one in self._fresh(now) if one is not start and self._is_ready(one, now)]
+        some = ready if len(ready) <= _MAX_CANDIDATES else generator.sample(ready, _MAX_CANDIDATES)
+        pool = [(one, one.peers) for one in some]
         covered = {peer for one in panel for peer in one.peers}
         due = dict(wanted or {})
 
-        def lot(one: Journey) -> float:
-            replicas = len(one.peers - covered) + sum(due.get(peer, 0.0) for peer in one.peers)
-            worth = _REPLICA * replicas - (now - one.heard)
+        def lot(candidate: tuple[Journey, set[PeerId]]) -> float:
+            one, peers = candidate
+            replicas = len(peers - covered) + sum(due.get(peer, 0.0) for peer in peers)
             # A weighted draw without replacement (Efraimidis and Spirakis, 2006).
-            return generator.expovariate(2 ** (worth / _HALF))
+            return generator.expovariate(2 ** ((_REPLICA * replicas - (now - one.heard)) / _HALF))
 
-        while len(panel) < most and (
-            pool := [one for one in pool if one.peers - covered or one.peers & due.keys()]
-        ):
-            best = min(pool, key=lot)
-            pool.remove(best)
+        while len(panel) < most and (pool := [it for it in pool if it[1] - covered or it[1] & due.keys()]):
+            best, peers = chosen = min(pool, key=lot)
+            pool.remove(chosen)
             panel.append(best)
-            for peer in best.peers & covered:
+            for peer in peers & covered:
                 due.pop(peer, None)
-            covered |= best.peers
+            covered |= peers
         for journey in panel:
             journey.drawn = True
         return panel
