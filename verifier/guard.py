@@ -193,7 +193,8 @@ class LossGuard:
     flagged. If most senders are odd all starts anew, as for `Guard`.
     """
 
-    _allowance = 1.0
+    _allowance = 1.5
+    """More than for normal losses: hard texts are further from the median than easy ones."""
     _near = 6
     _enough = 8
     _remembered = 24
