@@ -158,14 +158,14 @@ class Judge:
     def _draw(self, accused: Collection[PeerId], new: Collection[PeerId]) -> list[Journey]:
         now, size = monotonic(), self._panel_size
         draw = partial(self.traffic.draw, self._generator, now, most=size)
-        alarms = self.traffic.alarms(now)
+        alarms, pursued = self.traffic.alarms(now), dict.fromkeys(accused, _ACCUSED)
         if alarms and self._alarms.can_pay(size):
-            panel = draw(start=self._generator.choice(alarms), wanted=dict.fromkeys(accused, _ACCUSED))
+            panel = draw(start=self._generator.choice(alarms), wanted=pursued)
             self.counts["alarms"] += 1
             self._alarms.pay(len(panel))
         elif accused and self._alarms.can_pay(size) and now - self._pursued_at >= PURSUE_EVERY:
             self._pursued_at = now
-            panel = draw(wanted=dict.fromkeys(accused, _ACCUSED))
+            panel = draw(wanted=pursued)
             self._alarms.pay(len(panel))
         elif self._routine.can_pay(size):
             panel = draw(wanted=dict.fromkeys(new, _NEWCOMER))
