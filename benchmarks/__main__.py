@@ -43,6 +43,8 @@ from protocol.manifest import Schedule, WireCodec
 PARTS = ("transport", "throughput", "delay", "gossip")
 WINDOWS = (1, 4)
 _THREADS = (1, 2)
+_WARM_UP = 32
+"""Trips before the clock runs, each way alike: until ours holds all the evidence it may, and touches no new memory."""
 
 SCHEDULES: tuple[Schedule, ...] = ("synchronous", "overlapped")
 CODECS: tuple[WireCodec, ...] = ("fp32", "bf16")
@@ -56,19 +58,21 @@ async def transport(folder: Path, repeat: int, trips: int) -> Report:
     report = Report(f"(a) A {TENSOR_BYTES / 1e6:.1f} MB tensor to a stage and back, time a trip")
     async with AsyncExitStack() as stack:
         own = stack.enter_context(Worker(own_worker, folder))
-        echo = stack.enter_context(Worker(raw_worker))
+        echo = stack.enter_context(Worker(raw_worker, folder))
         expert = stack.enter_context(Worker(expert_worker))
         for worker in (own, expert):
             await asyncio.to_thread(worker.wait_ready)
-        raw = await stack.enter_async_context(RawPath(*await asyncio.to_thread(echo.wait_ready)))
+        raw = await stack.enter_async_context(RawPath(folder, *await asyncio.to_thread(echo.wait_ready)))
         paths = {
             (trip, codec): await stack.enter_async_context(OwnPath(own, folder, trip, codec))
             for trip in TRIPS
             for codec in CODECS
         }
-        await raw.trips(max(WINDOWS), 2 * max(WINDOWS))
+        await raw.trips(max(WINDOWS), _WARM_UP)
         for path in paths.values():
-            await path.trips(max(WINDOWS), 2 * max(WINDOWS))
+            await path.trips(max(WINDOWS), _WARM_UP)
+        for trip in TRIPS:
+            await asyncio.to_thread(expert.ask, trip, max(WINDOWS), _WARM_UP)
 
         async def measure(name: str, run: Callable[[], Awaitable[float]], count: int, times: int) -> None:
             before = family_seconds()
