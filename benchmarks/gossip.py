@@ -119,7 +119,7 @@ class Peer:
         around = self.address.split("/p2p/")[0]
         self.host = await Host.start(self._key, listen=(listen,), announce=(around,), seeds=seeds)
         self.votes = VoteSet(self._electorate)
-        self.board = Switchboard(self.host, self._electorate.run, stage=0, max_tensor=0, owner=Deaf())
+        self.board = Switchboard(self.host, self._electorate.run, stage=0, owner=Deaf())
         self.ballots = Ballots(self.board, self.votes, seeds=seeds, path=self._votes_path)
         self.board.obey(self.votes)
         self.votes.subscribe(self._on_verdict)

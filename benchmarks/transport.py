@@ -30,7 +30,7 @@ from node.presets import build_manifest
 from node.progress import StageProgress
 from node.trainer import Pass, StageTrainer
 from protocol import wire
-from protocol.codec import bytes_of
+from protocol.codec import Payload, bytes_of
 from protocol.host import LOOPBACK, Host
 from protocol.identity import Identity, PeerId
 from protocol.links import Link, Switchboard
@@ -44,6 +44,7 @@ SEQUENCES, CONTEXT, WIDTH = 8, 128, 512
 TENSOR_BYTES = SEQUENCES * CONTEXT * WIDTH * 4
 _CHUNK = 1 << 20
 _READY_WITHIN = 120.0
+_ANSWER_WITHIN = 300.0
 
 
 # --- one way of doing it, in processes of its own ---
@@ -66,6 +67,8 @@ class Worker:
 
     def ask(self, *question: object) -> Any:
         self._pipe.send(question)
+        if not self._pipe.poll(_ANSWER_WITHIN):
+            raise TimeoutError(f"a benchmark process did not answer {question}")
         return self._pipe.recv()
 
     def __enter__(self) -> Self:
@@ -155,7 +158,12 @@ class _Peer:
         kind = _HeadPasses if is_first else StagePasses
         passes = kind(manifest, trainer, device)
         self.switchboard = Switchboard(
-            self.host, self.run, stage=stage, max_tensor=passes.payload_size, owner=self
+            self.host,
+            self.run,
+            stage=stage,
+            owner=self,
+            tensor=passes.header,
+            max_tensor=passes.payload_size,
         )
         self.pipeline = Pipeline(
             manifest,
@@ -180,7 +188,7 @@ class _Peer:
     def on_link_down(self, link: Link) -> None:
         self.pipeline.on_link_down(link)
 
-    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+    def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         self.pipeline.on_message(link, message, payload)
 
     async def trips(self, count: int, window: int) -> float:
@@ -296,7 +304,7 @@ class OwnPath:
 # --- p2pd's raw stream ---
 
 
-def raw_worker(pipe: Connection) -> None:
+def raw_worker(pipe: Connection, folder: Path) -> None:
     """Echoes what comes, payload by payload."""
 
     async def echo(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -305,16 +313,21 @@ def raw_worker(pipe: Connection) -> None:
                 await P2P.send_raw_data(await P2P.receive_raw_data(reader), writer, chunk_size=_CHUNK)
 
     async def main() -> None:
-        p2p = await P2P.create(host_maddrs=list(LOOPBACK))
+        host = await _raw_host(folder / "raw-echo.key")
         try:
-            await p2p.add_binary_stream_handler("raw", echo)
-            addresses = [str(address) for address in await p2p.get_visible_maddrs()]
-            pipe.send((p2p.peer_id.to_base58(), addresses))
+            await host.p2p.add_binary_stream_handler("raw", echo)
+            pipe.send((host.peer_id, await host.addresses()))
             await _serve_questions(pipe, _nothing)
         finally:
-            await p2p.shutdown()
+            await host.stop()
 
     uvloop.run(main())
+
+
+async def _raw_host(key: Path) -> Host:
+    """The same daemon with the same encryption as ours, so that the difference is what we do around it."""
+    Identity.load_or_create(key)
+    return await Host.start(key, listen=LOOPBACK)
 
 
 async def _nothing(*question: object) -> None: ...
@@ -323,13 +336,15 @@ async def _nothing(*question: object) -> None: ...
 class RawPath:
     """The caller's side of the raw stream. Use as a context manager."""
 
-    def __init__(self, peer: str, addresses: list[str]) -> None:
-        self._peer, self._addresses = PeerID.from_base58(peer), addresses
+    def __init__(self, folder: Path, peer: PeerId, addresses: list[str]) -> None:
+        self._key, self._peer, self._addresses = folder / "raw.key", peer, addresses
         self._payload = os.urandom(TENSOR_BYTES)
 
     async def __aenter__(self) -> Self:
-        self._p2p = await P2P.create(initial_peers=self._addresses, host_maddrs=list(LOOPBACK))
-        _, self._reader, self._writer = await self._p2p.call_binary_stream_handler(self._peer, "raw")
+        self._host = await _raw_host(self._key)
+        await self._host.connect(self._peer, self._addresses)
+        peer = PeerID.from_base58(self._peer)
+        _, self._reader, self._writer = await self._host.p2p.call_binary_stream_handler(peer, "raw")
         return self
 
     async def trips(self, window: int, count: int) -> float:
@@ -353,7 +368,7 @@ class RawPath:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writer.close()
-        await self._p2p.shutdown()
+        await self._host.stop()
 
 
 # --- hivemind's RemoteExpert ---

@@ -47,7 +47,7 @@ class Seed:
         run, stages = self._signed.run, self._signed.manifest.stages.count
         self.host = await Host.start(self._identity_path, listen=self._listen, seeds=self._others, relay=True)
         await Directory.join(self.host, run, stages)
-        self._switchboard = Switchboard(self.host, run, stage=-1, max_tensor=0, owner=Deaf())
+        self._switchboard = Switchboard(self.host, run, stage=-1, owner=Deaf())
         self._switchboard.methods[MANIFEST] = manifest_method(self._signed)
         self._ballots = Ballots(
             self._switchboard,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from node.trainer import Pass
+from protocol.codec import Payload
 from protocol.identity import PeerId
 from protocol.receipts import Direction, MicrobatchId, SignedReceipt
 
@@ -22,11 +23,17 @@ _EMPTY = memoryview(b"")
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor as it came over the wire, and the receipt that its sender signed for it."""
+    """A tensor as it came over the wire, the receipt that its sender signed for it, and the digests that make up the
+    receipt's."""
 
     payload: memoryview = _EMPTY
     receipt: SignedReceipt | None = None
     digest: bytes = b""
+    leaves: tuple[bytes, ...] = ()
+
+    @classmethod
+    def of(cls, payload: Payload, receipt: SignedReceipt) -> Held:
+        return cls(payload.data, receipt, receipt.receipt.output, payload.leaves)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Observer:
     async def _follow_votes(self) -> None:
         self.votes = VoteSet(self.signed.electorate)
         self.votes.subscribe(self._on_verdict)
-        self._switchboard = Switchboard(self.host, self.signed.run, stage=-1, max_tensor=0, owner=Deaf())
+        self._switchboard = Switchboard(self.host, self.signed.run, stage=-1, owner=Deaf())
         await self._switchboard.start(accept=False)
         self._ballots = Ballots(self._switchboard, self.votes, seeds=self.invite.seeds)
         await self._ballots.start()

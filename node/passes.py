@@ -25,9 +25,7 @@ from protocol.codec import (
     decode_tensor,
     digest,
     encode_tensor,
-    leaves_of,
     payload_digest,
-    split_payload,
 )
 from protocol.errors import ProtocolError, Reason
 from protocol.manifest import Manifest
@@ -112,7 +110,7 @@ class StagePasses:
         return self._forward(inputs, own, digest(bytes_of(inputs.to(torch.int32))), slot)
 
     def forward(self, received: Held, slot: int) -> Forwarded:
-        """Raises `ProtocolError`: wrong_digest, not_finite, or flagged by the guard."""
+        """Raises `ProtocolError`: not_finite, or flagged by the guard."""
         x = self._read(received, Direction.ACTIVATION)
         return self._forward(x, received.payload[self.header.size :], received.digest, slot)
 
@@ -273,24 +271,20 @@ class StagePasses:
         return self.trainer.version - version <= 1
 
     def _read(self, received: Held, direction: Direction) -> Tensor:
-        parts = split_payload(self.header, received.payload)
-        leaves = leaves_of(self.header, *parts)
-        if digest(*leaves) != received.digest:
-            raise ProtocolError(Reason.WRONG_DIGEST)
-        x = decode_tensor(parts[0], self.header, self._device)
+        x = decode_tensor(received.payload[: self.header.size], self.header, self._device)
         # One pass without a mask in memory: the sum is finite only if every element is.
         if not bool(torch.isfinite(x.sum())):
             raise ProtocolError(Reason.NOT_FINITE)
-        self._ask_guard(x, leaves[: len(x)], received, direction)
+        self._ask_guard(x, received, direction)
         return x
 
-    def _ask_guard(self, x: Tensor, leaves: Sequence[bytes], received: Held, direction: Direction) -> None:
-        """`leaves`: digests of the tensor's sequences. Raises `ProtocolError` (flagged)."""
+    def _ask_guard(self, x: Tensor, received: Held, direction: Direction) -> None:
+        """Raises `ProtocolError` (flagged)."""
         guard, signed = self.guards.get(direction), received.receipt
         if guard is None or signed is None:
             return
         began, receipt = thread_time(), signed.receipt
-        is_new = self._repeats.check(receipt.sender, digest(*leaves), receipt.input)
+        is_new = self._repeats.check(receipt.sender, digest(*received.leaves[: len(x)]), receipt.input)
         passes = guard.check(x, receipt.sender) and is_new
         self.guard_seconds += thread_time() - began
         if not passes:

@@ -23,6 +23,7 @@ from node.progress import ROUNDS_AHEAD, StageProgress
 from node.routing import Router
 from node.window import Window
 from protocol import receipts, wire
+from protocol.codec import Payload, digest
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import Identity, PeerId
 from protocol.links import MAX_LINKS, Link, Switchboard
@@ -124,7 +125,7 @@ class Pipeline:
         self._grant()
         self._pump()
 
-    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+    def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         """Raises `ProtocolError` for what no honest peer sends; anything else that is unusable is refused here."""
         if isinstance(message, Activation):
             self._take_activation(link, message, payload)
@@ -167,8 +168,9 @@ class Pipeline:
 
     # --- activations ---
 
-    def _take_activation(self, link: Link, message: Activation, payload: memoryview) -> None:
-        """The checks, in order. REJECT: stage, credit, direction, tensor header, payload size, receipt, head. Then
+    def _take_activation(self, link: Link, message: Activation, payload: Payload) -> None:
+        """The checks, in order. REJECT: stage, credit, direction, tensor header, payload size, receipt, digest, head.
+        Then
         IGNORE with a typed refusal: replayed, leaving, too early."""
         if link.stage != self._stage - 1:
             raise ProtocolError(Reason.WRONG_STAGE, f"activation from stage {link.stage}")
@@ -189,7 +191,7 @@ class Pipeline:
         except ProtocolError as error:
             self._refuse(link.peer, receipt.microbatch, Direction.ACTIVATION, error)
             return
-        held = Held(payload, message.receipt, receipt.output)
+        held = Held.of(payload, message.receipt)
         if known is not None:
             self._adopt(known, link.peer, held)
             return
@@ -202,7 +204,7 @@ class Pipeline:
         self,
         link: Link,
         message: Activation | Gradient,
-        payload: memoryview,
+        payload: Payload,
         direction: Direction,
         stage: int,
     ) -> None:
@@ -214,8 +216,8 @@ class Pipeline:
         if message.tensor.shape != passes.header.shape:
             raise ProtocolError(Reason.WRONG_SHAPE, str(message.tensor.shape))
         expected = passes.payload_size if direction is Direction.ACTIVATION else passes.header.size
-        if len(payload) != expected:
-            raise ProtocolError(Reason.MALFORMED, f"{len(payload)} bytes of payload")
+        if len(payload.data) != expected:
+            raise ProtocolError(Reason.MALFORMED, f"{len(payload.data)} bytes of payload")
         receipts.check_hop(
             message.receipt,
             run=self._switchboard.run,
@@ -223,6 +225,8 @@ class Pipeline:
             recipient=self._identity.peer_id,
             stage=stage,
         )
+        if digest(*payload.leaves) != message.receipt.receipt.output:
+            raise ProtocolError(Reason.WRONG_DIGEST)
 
     def _check_new(self, sender: PeerId, receipt: Receipt) -> Flight | None:
         """The flight or finished microbatch that this activation continues after its sender took another's place.
@@ -405,8 +409,9 @@ class Pipeline:
 
     # --- gradients ---
 
-    def _take_gradient(self, link: Link, message: Gradient, payload: memoryview) -> None:
-        """The checks, in order. REJECT: direction, tensor header, payload size, receipt. Then IGNORE: unsolicited."""
+    def _take_gradient(self, link: Link, message: Gradient, payload: Payload) -> None:
+        """The checks, in order. REJECT: direction, tensor header, payload size, receipt, digest. IGNORE:
+        unsolicited."""
         self._check_tensor(link, message, payload, Direction.GRADIENT, self._stage + 1)
         receipt = message.receipt.receipt
         flight = self.flights.get(receipt.microbatch)
@@ -416,7 +421,7 @@ class Pipeline:
             )
             return
         flight.phase = Phase.BACKWARD
-        flight.gradient = Held(payload, message.receipt, receipt.output)
+        flight.gradient = Held.of(payload, message.receipt)
         self._router.measure(link.peer, (monotonic() - flight.sent_at) / flight.queue_at_send)
         self._spawn(self._compute_backward(flight))
 
@@ -447,8 +452,8 @@ class Pipeline:
             self.losses.setdefault(flight.id.slot, result.loss)  # Of a later attempt: later weights.
         flight.answer, flight.answer_version = result.answer, result.version
         flight.state = flight.state or result.state
-        self._end(flight)
         self._answer(flight)
+        self._end(flight)
 
     def _answer(self, flight: Flight) -> None:
         """Send the gradient to the previous hop, if it is still there; else it is kept for who takes its place."""
@@ -484,7 +489,7 @@ class Pipeline:
         self._grant()
 
     def _fail(self, flight: Flight, error: ProtocolError, culprit: PeerId | None = None) -> None:
-        """A microbatch cannot be used. A digest that contradicts its receipt is the sender's doing: REJECT."""
+        """A microbatch cannot be used. Labels that are none are the sender's doing: REJECT."""
         if error.reason in (Reason.FLAGGED, Reason.NOT_FINITE):
             flight.flagged = Direction.ACTIVATION if culprit is None else Direction.GRADIENT
         culprit = culprit or flight.previous
@@ -493,7 +498,7 @@ class Pipeline:
             self.flagged.set()
         if culprit is None:
             return
-        if error.reason in (Reason.WRONG_DIGEST, Reason.MALFORMED):
+        if error.reason is Reason.MALFORMED:
             self._switchboard.reject(culprit, error)
         else:
             self._switchboard.refusals.count(culprit, error)

@@ -22,6 +22,7 @@ from node.transfer import CHUNK_BYTES, StateServer
 from node.witness import Witness
 from protocol import wire
 from protocol.ballots import Ballots
+from protocol.codec import Payload
 from protocol.directory import PeerState
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
@@ -77,7 +78,13 @@ class Replica:
         """Set when a microbatch ended, room appeared or a head reported: there may be something to inject."""
         self.progress_due = asyncio.Event()
         self.switchboard = Switchboard(
-            host, self.run, stage=stage, max_tensor=passes.payload_size, owner=self, delay=limits.link_delay
+            host,
+            self.run,
+            stage=stage,
+            owner=self,
+            tensor=passes.header,
+            max_tensor=passes.payload_size,
+            delay=limits.link_delay,
         )
         self.votes = VoteSet(electorate)
         self.is_banned = asyncio.Event()
@@ -175,7 +182,7 @@ class Replica:
         self.rounds.news.set()
         self.room.set()
 
-    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+    def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         self.pipeline.on_message(link, message, payload)
 
     def _hearer(self, table: StageProgress, stage: int) -> Callable[[PeerId, bytes], None]:

@@ -19,7 +19,7 @@ from node.flights import Flight, Held
 from node.passes import StagePasses
 from node.pipeline import Pipeline
 from protocol import wire
-from protocol.codec import leaves_of, split_payload
+from protocol.codec import split_payload
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
 from protocol.links import Answer, Link, Switchboard
@@ -137,9 +137,8 @@ class Witness:
     def _exhibit(self, held: Held, sequence: int) -> memoryview:
         header = self._passes.header
         tensor, *labels = split_payload(header, held.payload)
-        leaves = leaves_of(header, tensor, *labels)
         size = len(tensor) // header.shape[0]
-        return memoryview(b"".join((*leaves, tensor[sequence * size : (sequence + 1) * size], *labels)))
+        return memoryview(b"".join((*held.leaves, tensor[sequence * size : (sequence + 1) * size], *labels)))
 
     # --- doing work again ---
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 import torch
@@ -72,6 +72,39 @@ def leaves_of(header: TensorHeader, tensor: Buffer, *more: Buffer) -> tuple[byte
     size = len(tensor) // header.shape[0]
     own = (digest(tensor[at : at + size]) for at in range(0, size * header.shape[0], size))
     return (*own, *(digest(one) for one in more))
+
+
+class Payload(NamedTuple):
+    """What came behind a message, and of a tensor the digests of its leaves, made while it arrived."""
+
+    data: Buffer
+    leaves: tuple[bytes, ...] = ()
+
+
+class ArrivingTensor:
+    """A payload that the network is filling: each leaf is digested as soon as it is there.
+
+    It costs no time of its own, since the next bytes are still on their way, and finds them in the processor's cache.
+    """
+
+    def __init__(self, header: TensorHeader, memory: Buffer) -> None:
+        size = header.size // header.shape[0]
+        self._memory = memory
+        self._ends = [
+            *range(size, header.size + 1, size),
+            *([len(memory)] if len(memory) > header.size else []),
+        ]
+        self._digested = 0
+        self._leaves: list[bytes] = []
+
+    def advance(self, filled: int) -> None:
+        """`filled` bytes are there now."""
+        while len(self._leaves) < len(self._ends) and (end := self._ends[len(self._leaves)]) <= filled:
+            self._leaves.append(digest(self._memory[self._digested : end]))
+            self._digested = end
+
+    def payload(self) -> Payload:
+        return Payload(self._memory, tuple(self._leaves))
 
 
 def payload_digest(header: TensorHeader, tensor: Buffer, *more: Buffer) -> bytes:

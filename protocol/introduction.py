@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from protocol import wire
+from protocol.codec import Payload
 from protocol.errors import BannedError, ProtocolError, Reason, UserError
 from protocol.host import Host
 from protocol.identity import PeerId
@@ -25,7 +26,7 @@ class Deaf:
 
     def on_link_down(self, link: Link) -> None: ...
 
-    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None: ...
+    def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None: ...
 
 
 def manifest_method(signed: SignedManifest) -> Method:
@@ -43,7 +44,7 @@ def manifest_method(signed: SignedManifest) -> Method:
 async def fetch_manifest(host: Host, invite: Invite) -> SignedManifest:
     """The manifest that the invite names, from the first seed that gives it. Raises `UserError` if none does, and
     `BannedError` if a seed says that we are banned."""
-    switchboard = Switchboard(host, invite.run, stage=-1, max_tensor=0, owner=Deaf())
+    switchboard = Switchboard(host, invite.run, stage=-1, owner=Deaf())
     await switchboard.start(accept=False)
     problem = UserError("The invite names no seed", _ASK)
     try:

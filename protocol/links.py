@@ -19,6 +19,7 @@ from typing import Protocol
 import structlog
 
 from protocol import sockets, streams, wire
+from protocol.codec import Payload, TensorHeader
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
 from protocol.identity import PeerId
@@ -70,7 +71,7 @@ class Owner(Protocol):
 
     def on_link_down(self, link: Link) -> None: ...
 
-    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+    def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         """May raise `ProtocolError`: the message was such that the sender misbehaves, and is shut out (REJECT)."""
 
 
@@ -168,16 +169,25 @@ class Link:
 
 
 class Switchboard:
-    """All links of one peer in one run. `max_tensor` bounds a tensor's payload in bytes (0: takes none)."""
+    """All links of one peer in one run. `tensor`: what activations and gradients carry, and `max_tensor` the most bytes
+    of their payload; who takes none leaves both out."""
 
     def __init__(
-        self, host: Host, run: bytes, *, stage: int, max_tensor: int, owner: Owner, delay: float = 0.0
+        self,
+        host: Host,
+        run: bytes,
+        *,
+        stage: int,
+        owner: Owner,
+        tensor: TensorHeader | None = None,
+        max_tensor: int = 0,
+        delay: float = 0.0,
     ) -> None:
         self.host, self.run, self.stage = host, run, stage
         self.refusals = Refusals()
         self.links: dict[PeerId, Link] = {}
         self.methods: dict[str, Method] = {}
-        self._max_tensor, self._owner, self._delay = max_tensor, owner, delay
+        self._tensor, self._max_tensor, self._owner, self._delay = tensor, max_tensor, owner, delay
         self._protocol = f"/sentinel/{run.hex()[:16]}/{PROTOCOL_VERSION}"
         self._acceptor = sockets.Acceptor(self._accept)
         self._penalties: OrderedDict[PeerId, float] = OrderedDict()
@@ -300,6 +310,7 @@ class Switchboard:
             raise ProtocolError(Reason.BUSY, "too many streams")
         stream = Stream(
             Hello(PROTOCOL_VERSION, self.run, self.stage, link.session),
+            self._tensor,
             self._max_tensor,
             lambda stream, message, payload: self._on_frame(link, stream, message, payload),
             lambda stream: self._on_stream_closed(link, stream),
@@ -325,7 +336,7 @@ class Switchboard:
         if not link.closed:
             self.reject(link.peer, error)
 
-    def _on_frame(self, link: Link, stream: Stream, message: wire.Message, payload: memoryview) -> None:
+    def _on_frame(self, link: Link, stream: Stream, message: wire.Message, payload: Payload) -> None:
         if link.closed:
             return
         if isinstance(message, Hello):
@@ -335,9 +346,9 @@ class Switchboard:
             self.refusals.count(link.peer, ProtocolError(message.reason, "farewell"))
             link.close()
         elif isinstance(message, Request):
-            self._tasks.spawn(self._answer(link, message, payload))
+            self._tasks.spawn(self._answer(link, message, payload.data))
         elif isinstance(message, Reply):
-            if not link.take_reply(message, payload):
+            if not link.take_reply(message, payload.data):
                 self.refusals.count(link.peer, ProtocolError(Reason.UNSOLICITED, f"reply {message.number}"))
         else:
             self._owner.on_message(link, message, payload)

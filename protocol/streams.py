@@ -11,10 +11,11 @@ from typing import cast
 import numpy as np
 
 from protocol import messages, wire
+from protocol.codec import ArrivingTensor, Payload, TensorHeader
 from protocol.errors import ProtocolError, Reason
-from protocol.messages import HEADER_SIZE, Kind, Ping, Pong
+from protocol.messages import HEADER_SIZE, Activation, Gradient, Kind, Ping, Pong
 
-OnFrame = Callable[["Stream", wire.Message, memoryview], None]
+OnFrame = Callable[["Stream", wire.Message, Payload], None]
 OnClosed = Callable[["Stream"], None]
 
 _EMPTY = memoryview(b"")
@@ -26,29 +27,32 @@ MAX_BACKLOG = 256 * 1024 * 1024
 class Stream(asyncio.BufferedProtocol):
     """Reads frames straight into the memory that keeps them; writes without copying the payload.
 
-    `greeting` is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and
-    must not block. Until it has set `greeted` only a hello or a farewell is read. A `ProtocolError` out of parsing or
-    out of `on_frame` goes to `on_violation`, and the stream is aborted.
+    `tensor` is what activations and gradients should carry, and `max_tensor` the most bytes that they may. `greeting`
+    is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and must not
+    block. Until it has set `greeted` only a hello or a farewell is read. A `ProtocolError` out of parsing or out of
+    `on_frame` goes to `on_violation`, and the stream is aborted.
     """
 
     def __init__(
         self,
         greeting: wire.Message,
+        tensor: TensorHeader | None,
         max_tensor: int,
         on_frame: OnFrame,
         on_closed: OnClosed,
         on_violation: Callable[[Stream, ProtocolError], None],
         delay: float = 0.0,
     ) -> None:
-        self._greeting, self._max_tensor = greeting, max_tensor
+        self._greeting, self._tensor, self._max_tensor = greeting, tensor, max_tensor
         self._on_frame, self._on_closed, self._on_violation = on_frame, on_closed, on_violation
         self._delay = delay
         self._transport: asyncio.Transport | None = None
+        self._header = memoryview(bytearray(HEADER_SIZE))
         self._kind: Kind | None = None
-        self._header = bytearray(HEADER_SIZE)
-        self._message, self._payload = _EMPTY, _EMPTY
-        self._parts: list[memoryview] = []
-        self._aim([memoryview(self._header)])
+        self._message: wire.Message | None = None
+        self._payload_size = 0
+        self._arriving: ArrivingTensor | None = None
+        self._part, self._filled = self._header, 0
         self.greeted = False
         self.last_heard = monotonic()
         self.round_trip: float | None = None
@@ -62,47 +66,53 @@ class Stream(asyncio.BufferedProtocol):
         # Before anything that a frame read in the meantime may make us say.
         self.send(self._greeting)
 
-    def _aim(self, parts: list[memoryview]) -> None:
-        self._parts = [part for part in parts if len(part)]
+    def _aim(self, part: memoryview) -> None:
+        self._part, self._filled = part, 0
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._parts[0]
+        return self._part[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
         self.last_heard = monotonic()
         self.received_bytes += nbytes
-        self._parts[0] = self._parts[0][nbytes:]
-        if len(self._parts[0]):
-            return
-        self._parts.pop(0)
-        if self._parts:
-            return
+        self._filled += nbytes
+        if self._arriving is not None:
+            self._arriving.advance(self._filled)
         try:
-            self._part_complete()
+            while self._filled == len(self._part):
+                self._part_complete()
         except ProtocolError as error:
             self._on_violation(self, error)
             self.abort()
 
     def _part_complete(self) -> None:
         if self._kind is None:
-            self._kind, message_size, payload_size = messages.parse_header(
-                bytes(self._header), self._max_tensor
-            )
-            # Before a stranger makes us allocate anything.
-            if not self.greeted and self._kind not in (Kind.HELLO, Kind.FAREWELL):
-                raise ProtocolError(Reason.MALFORMED, "no hello first")
-            self._message = memoryview(bytearray(message_size))
-            # Not zeroed: the network fills it. This is the memory that the tensor will be a view of.
-            self._payload = memoryview(np.empty(payload_size, np.uint8).data) if payload_size else _EMPTY
-            self._aim([self._message, self._payload])
-            if self._parts:
-                return
-        kind, message, payload = self._kind, self._message, self._payload
-        self._kind, self._message, self._payload = None, _EMPTY, _EMPTY
-        self._aim([memoryview(self._header)])
-        self._dispatch(messages.parse_message(kind, message), payload)
+            self._take_header()
+        elif self._message is None:
+            self._take_message(self._kind)
+        else:
+            message, arriving, memory = self._message, self._arriving, self._part
+            self._kind = self._message = self._arriving = None
+            self._aim(self._header)
+            self._dispatch(message, arriving.payload() if arriving is not None else Payload(memory))
 
-    def _dispatch(self, message: wire.Message, payload: memoryview) -> None:
+    def _take_header(self) -> None:
+        kind, message_size, self._payload_size = messages.parse_header(bytes(self._header), self._max_tensor)
+        # Before a stranger makes us allocate anything.
+        if not self.greeted and kind not in (Kind.HELLO, Kind.FAREWELL):
+            raise ProtocolError(Reason.MALFORMED, "no hello first")
+        self._kind = kind
+        self._aim(memoryview(bytearray(message_size)))
+
+    def _take_message(self, kind: Kind) -> None:
+        message = self._message = messages.parse_message(kind, self._part)
+        # Not zeroed: the network fills it. This is the memory that the tensor will be a view of.
+        self._aim(memoryview(np.empty(self._payload_size, np.uint8).data) if self._payload_size else _EMPTY)
+        # Of another shape it is refused when it is here: nobody may choose how finely we cut.
+        if isinstance(message, Activation | Gradient) and message.tensor == self._tensor:
+            self._arriving = ArrivingTensor(message.tensor, self._part)
+
+    def _dispatch(self, message: wire.Message, payload: Payload) -> None:
         if isinstance(message, Ping):
             if self.backlog < _MAX_BACKLOG_FOR_PONG:
                 self.send(Pong(message.token))

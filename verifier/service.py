@@ -124,7 +124,7 @@ class Verifier:
     async def _open(self, host: Host, signed: SignedManifest) -> None:
         """Take links, and learn what has been voted."""
         self.votes = VoteSet(signed.electorate)
-        self._switchboard = Switchboard(host, signed.run, stage=-1, max_tensor=0, owner=Deaf())
+        self._switchboard = Switchboard(host, signed.run, stage=-1, owner=Deaf())
         self._switchboard.obey(self.votes)
         key = self._config.identity
         self._ballots = Ballots(

@@ -20,7 +20,7 @@ from node.pipeline import Pipeline
 from node.progress import StageProgress
 from node.trainer import StageTrainer
 from protocol import messages, sockets, wire
-from protocol.codec import TensorHeader, bytes_of, payload_digest, split_payload
+from protocol.codec import Payload, TensorHeader, bytes_of, payload_digest, split_payload
 from protocol.errors import Reason
 from protocol.host import Host
 from protocol.identity import Identity
@@ -59,7 +59,12 @@ class Victim:
         self.compute = ComputeThread()
         self.passes = StagePasses(manifest, StageTrainer(manifest, 1, CPU), CPU)
         self.switchboard = Switchboard(
-            place.host, self.run, stage=1, max_tensor=self.passes.payload_size, owner=self
+            place.host,
+            self.run,
+            stage=1,
+            owner=self,
+            tensor=self.passes.header,
+            max_tensor=self.passes.payload_size,
         )
         self.pipeline = Pipeline(
             manifest, 1, place.identity, self.switchboard, self.compute, self.passes, StageProgress(manifest),
@@ -80,7 +85,7 @@ class Victim:
     def on_link_down(self, link: Link) -> None:
         self.pipeline.on_link_down(link)
 
-    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+    def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         self.pipeline.on_message(link, message, payload)
 
     async def until_refused(self, reason: Reason, count: int = 1) -> None:
@@ -123,7 +128,7 @@ class Neighbour:
     async def meet(self) -> Neighbour:
         victim, place = self.victim, self.place
         self.switchboard = Switchboard(
-            place.host, victim.run, stage=self.stage, max_tensor=victim.passes.payload_size, owner=self
+            place.host, victim.run, stage=self.stage, owner=self, max_tensor=victim.passes.payload_size
         )
         await self.switchboard.start(accept=False)
         await self.again()
@@ -145,10 +150,10 @@ class Neighbour:
     def on_link_down(self, link: Link) -> None:
         self.down.set()
 
-    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+    def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         if isinstance(message, Credit):
             self.credit += message.amount
-        self.inbox.put_nowait((message, payload))
+        self.inbox.put_nowait((message, payload.data))
 
     async def expect(self, kind: type[M]) -> tuple[M, memoryview]:
         """The next message of this kind; others before it are dropped."""

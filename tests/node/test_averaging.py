@@ -137,7 +137,7 @@ async def peers(hosts: list[Host], monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     generator = torch.Generator().manual_seed(1)
     made = [
         Peer(
-            Switchboard(host, run, stage=1, max_tensor=0, owner=Deaf()),
+            Switchboard(host, run, stage=1, owner=Deaf()),
             torch.randn(SIZE, generator=generator),
         )
         for host in hosts

@@ -32,7 +32,7 @@ def stage_passes(stage: int, attack: str | None = None, *, start: int = 0) -> St
 
 
 def held(outgoing: Outgoing) -> Held:
-    return Held(memoryview(bytearray(b"".join(outgoing.parts))), None, outgoing.digest)
+    return Held(memoryview(bytearray(b"".join(outgoing.parts))))
 
 
 def sent_tensors(attack: str | None, *, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

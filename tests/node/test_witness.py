@@ -56,7 +56,7 @@ async def court(places: list[Place]) -> AsyncIterator[Court]:
     victim.passes.trainer.memory = 2
     victim.passes.note_state(b"s" * 32)
     head, tail = Neighbour(places[1], victim, 0), Neighbour(places[2], victim, 2)
-    judge = Switchboard(places[3].host, victim.run, stage=-1, max_tensor=0, owner=Deaf())
+    judge = Switchboard(places[3].host, victim.run, stage=-1, owner=Deaf())
     allowed = frozenset({places[3].identity.peer_id})
     asked = Witness(victim.switchboard, allowed, victim.compute, victim.passes, victim.pipeline)
     try:

@@ -52,7 +52,7 @@ class Peers:
         self._running: list[tuple[Ballots, asyncio.Task[None]]] = []
 
     async def board(self, number: int, stage: int = 0) -> Switchboard:
-        board = Switchboard(self.hosts[number], self.run, stage=stage, max_tensor=0, owner=Deaf())
+        board = Switchboard(self.hosts[number], self.run, stage=stage, owner=Deaf())
         self._boards.append(board)
         await board.start()
         return board

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import messages, streams, wire
+from protocol.codec import Payload, TensorHeader, leaves_of
 from protocol.errors import ProtocolError, Reason
 from protocol.messages import MAX_CHUNK, PROTOCOL_VERSION, Activation, Hello, Kind, Ping, Pong, Reply, Request
 from protocol.streams import Stream
 from tests.protocol.strategies import messages_of, mutated
 
 MAX_TENSOR = 4096
+TENSOR = TensorHeader("bf16", (3, 4, 10))
 HELLO = Hello(PROTOCOL_VERSION, b"r" * 32, 1, b"session!")
 FRAMED = [kind for kind in messages._KINDS if kind not in (Ping, Pong, Hello)]
 
@@ -49,17 +52,23 @@ class Ear:
 
     def __init__(self, *, greeted: bool = True) -> None:
         self.heard: list[tuple[wire.Message, bytes]] = []
+        self.leaves: list[tuple[bytes, ...]] = []
         self.violations: list[ProtocolError] = []
         self.pipe = Pipe()
         self.stream = Stream(
             HELLO,
+            TENSOR,
             MAX_TENSOR,
-            lambda stream, message, payload: self.heard.append((message, bytes(payload))),
+            self._hear,
             lambda stream: None,
             lambda stream, error: self.violations.append(error),
         )
         self.stream.connection_made(self.pipe)
         self.stream.greeted = greeted
+
+    def _hear(self, stream: Stream, message: wire.Message, payload: Payload) -> None:
+        self.heard.append((message, bytes(payload.data)))
+        self.leaves.append(payload.leaves)
 
     def feed(self, data: bytes, cuts: list[int] | None = None) -> None:
         """As an event loop does: fill the buffer that the stream offers, at most up to the next cut."""
@@ -93,6 +102,24 @@ def test_frames_arrive_whole_however_they_are_cut(
     ear.feed(b"".join(framed(*frame) for frame in sent), cuts)
     assert ear.heard == sent
     assert not ear.violations
+
+
+@given(
+    st.sampled_from([Activation, messages.Gradient]).flatmap(messages_of),
+    st.binary(min_size=TENSOR.size, max_size=TENSOR.size + 48),
+    st.lists(st.integers(1, 100), max_size=60),
+)
+@settings(max_examples=40)
+def test_a_tensor_is_digested_leaf_by_leaf_while_it_arrives(
+    sent: Activation | messages.Gradient, payload: bytes, cuts: list[int]
+) -> None:
+    ear = Ear()
+    for header in (TENSOR, TensorHeader("bf16", (3, 10, 4))):
+        ear.feed(framed(msgspec.structs.replace(sent, tensor=header), payload), cuts)
+    data = memoryview(payload)
+    labels = data[TENSOR.size :]
+    expected = leaves_of(TENSOR, data[: TENSOR.size], *([labels] if labels else []))
+    assert ear.leaves == [expected, ()], "of another shape it is refused, and not worth a digest"
 
 
 @given(st.data(), st.lists(frames(), min_size=1, max_size=3), st.lists(st.integers(1, 100), max_size=20))
