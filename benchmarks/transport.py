@@ -35,6 +35,7 @@ from protocol.host import LOOPBACK, Host
 from protocol.identity import Identity, PeerId
 from protocol.links import Link, Switchboard
 from protocol.manifest import BatchSection, Manifest, SignedManifest, WireCodec
+from protocol.messages import Activation, Gradient
 from protocol.receipts import MicrobatchId
 
 Trip = Literal["forward", "both"]
@@ -162,7 +163,6 @@ class _Peer:
             self.run,
             stage=stage,
             owner=self,
-            tensor=passes.header,
             max_tensor=passes.payload_size,
         )
         self.pipeline = Pipeline(
@@ -187,6 +187,9 @@ class _Peer:
 
     def on_link_down(self, link: Link) -> None:
         self.pipeline.on_link_down(link)
+
+    def on_announced(self, link: Link, message: Activation | Gradient, size: int) -> None:
+        self.pipeline.on_announced(link, message, size)
 
     def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         self.pipeline.on_message(link, message, payload)

@@ -125,6 +125,22 @@ class Pipeline:
         self._grant()
         self._pump()
 
+    def on_announced(self, link: Link, message: Activation | Gradient, size: int) -> None:
+        """Everything that can be known of a tensor before its payload of `size` bytes is here.
+
+        The checks, in order, each REJECT: stage, credit, direction, tensor header, payload size, receipt, head.
+        """
+        if isinstance(message, Gradient):
+            self._check_tensor(link, message, size, Direction.GRADIENT, self._stage + 1)
+            return
+        if link.stage != self._stage - 1:
+            raise ProtocolError(Reason.WRONG_STAGE, f"activation from stage {link.stage}")
+        self._check_credit(link)
+        self._check_tensor(link, message, size, Direction.ACTIVATION, self._stage - 1)
+        microbatch = message.receipt.receipt.microbatch
+        if link.stage == 0 and microbatch.head != link.peer:
+            raise ProtocolError(Reason.WRONG_PEER, f"{microbatch} of another head")
+
     def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         """Raises `ProtocolError` for what no honest peer sends; anything else that is unusable is refused here."""
         if isinstance(message, Activation):
@@ -169,17 +185,10 @@ class Pipeline:
     # --- activations ---
 
     def _take_activation(self, link: Link, message: Activation, payload: Payload) -> None:
-        """The checks, in order. REJECT: stage, credit, direction, tensor header, payload size, receipt, digest, head.
-        Then
-        IGNORE with a typed refusal: replayed, leaving, too early."""
-        if link.stage != self._stage - 1:
-            raise ProtocolError(Reason.WRONG_STAGE, f"activation from stage {link.stage}")
-        if self._unused.get(link.peer, 0) < 1:
-            raise ProtocolError(Reason.OVER_CREDIT)
-        self._check_tensor(link, message, payload, Direction.ACTIVATION, self._stage - 1)
-        receipt = message.receipt.receipt
-        if link.stage == 0 and receipt.microbatch.head != link.peer:
-            raise ProtocolError(Reason.WRONG_PEER, f"{receipt.microbatch} of another head")
+        """The checks, in order. REJECT: credit, which another may have used up meanwhile, and digest. Then IGNORE with
+        a typed refusal: replayed, leaving, too early."""
+        self._check_credit(link)
+        receipt = _check_digest(message, payload)
         self._unused[link.peer] -= 1
         try:
             known = self._check_new(link.peer, receipt)
@@ -200,13 +209,12 @@ class Pipeline:
         self.flights[flight.id] = flight
         self._start(flight)
 
+    def _check_credit(self, link: Link) -> None:
+        if self._unused.get(link.peer, 0) < 1:
+            raise ProtocolError(Reason.OVER_CREDIT)
+
     def _check_tensor(
-        self,
-        link: Link,
-        message: Activation | Gradient,
-        payload: Payload,
-        direction: Direction,
-        stage: int,
+        self, link: Link, message: Activation | Gradient, size: int, direction: Direction, stage: int
     ) -> None:
         passes = self._passes
         if message.receipt.receipt.direction is not direction:
@@ -216,8 +224,8 @@ class Pipeline:
         if message.tensor.shape != passes.header.shape:
             raise ProtocolError(Reason.WRONG_SHAPE, str(message.tensor.shape))
         expected = passes.payload_size if direction is Direction.ACTIVATION else passes.header.size
-        if len(payload.data) != expected:
-            raise ProtocolError(Reason.MALFORMED, f"{len(payload.data)} bytes of payload")
+        if size != expected:
+            raise ProtocolError(Reason.MALFORMED, f"{size} bytes of payload")
         receipts.check_hop(
             message.receipt,
             run=self._switchboard.run,
@@ -225,8 +233,6 @@ class Pipeline:
             recipient=self._identity.peer_id,
             stage=stage,
         )
-        if digest(*payload.leaves) != message.receipt.receipt.output:
-            raise ProtocolError(Reason.WRONG_DIGEST)
 
     def _check_new(self, sender: PeerId, receipt: Receipt) -> Flight | None:
         """The flight or finished microbatch that this activation continues after its sender took another's place.
@@ -410,10 +416,8 @@ class Pipeline:
     # --- gradients ---
 
     def _take_gradient(self, link: Link, message: Gradient, payload: Payload) -> None:
-        """The checks, in order. REJECT: direction, tensor header, payload size, receipt, digest. IGNORE:
-        unsolicited."""
-        self._check_tensor(link, message, payload, Direction.GRADIENT, self._stage + 1)
-        receipt = message.receipt.receipt
+        """The checks, in order. REJECT: digest. IGNORE: unsolicited."""
+        receipt = _check_digest(message, payload)
         flight = self.flights.get(receipt.microbatch)
         if flight is None or flight.phase is not Phase.SENT or flight.next != link.peer:
             self._switchboard.refusals.count(
@@ -582,3 +586,11 @@ class Pipeline:
             self._switchboard.refusals.counts[Reason.INTERNAL] += 1
             self._error = self._error or error
             self._failed.set()
+
+
+def _check_digest(message: Activation | Gradient, payload: Payload) -> Receipt:
+    """The receipt of what came. Raises `ProtocolError` (wrong_digest) if it is of something else."""
+    receipt = message.receipt.receipt
+    if digest(*payload.leaves) != receipt.output:
+        raise ProtocolError(Reason.WRONG_DIGEST)
+    return receipt

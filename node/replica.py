@@ -29,6 +29,7 @@ from protocol.host import Host
 from protocol.identity import Identity, PeerId
 from protocol.links import Link, Switchboard
 from protocol.manifest import SignedManifest
+from protocol.messages import Activation, Gradient
 from protocol.reports import Progress, progress_topic
 from protocol.tasks import wait_for
 from protocol.vote_set import VoteSet
@@ -82,7 +83,6 @@ class Replica:
             self.run,
             stage=stage,
             owner=self,
-            tensor=passes.header,
             max_tensor=passes.payload_size,
             delay=limits.link_delay,
         )
@@ -181,6 +181,9 @@ class Replica:
         self.pipeline.on_link_down(link)
         self.rounds.news.set()
         self.room.set()
+
+    def on_announced(self, link: Link, message: Activation | Gradient, size: int) -> None:
+        self.pipeline.on_announced(link, message, size)
 
     def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         self.pipeline.on_message(link, message, payload)

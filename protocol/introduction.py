@@ -10,7 +10,7 @@ from protocol.identity import PeerId
 from protocol.invite import Invite
 from protocol.links import Answer, Link, Method, Switchboard
 from protocol.manifest import SignedManifest
-from protocol.messages import MAX_CHUNK
+from protocol.messages import MAX_CHUNK, Activation, Gradient
 from protocol.requests import MANIFEST, Nothing
 
 _TIMEOUT = 10.0
@@ -25,6 +25,9 @@ class Deaf:
     def on_link_up(self, link: Link) -> None: ...
 
     def on_link_down(self, link: Link) -> None: ...
+
+    def on_announced(self, link: Link, message: Activation | Gradient, size: int) -> None:
+        raise ProtocolError(Reason.WRONG_STAGE, "tensors are not taken here")
 
     def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None: ...
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import structlog
 
 from protocol import sockets, streams, wire
-from protocol.codec import Payload, TensorHeader
+from protocol.codec import Payload
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
 from protocol.identity import PeerId
@@ -27,7 +27,9 @@ from protocol.messages import (
     MAX_CHUNK,
     PROTOCOL_VERSION,
     SESSION_SIZE,
+    Activation,
     Farewell,
+    Gradient,
     Hello,
     Reply,
     Request,
@@ -70,6 +72,10 @@ class Owner(Protocol):
     def on_link_up(self, link: Link) -> None: ...
 
     def on_link_down(self, link: Link) -> None: ...
+
+    def on_announced(self, link: Link, message: Activation | Gradient, size: int) -> None:
+        """A tensor is about to come, with `size` bytes of payload, for which memory is allocated next. May raise
+        `ProtocolError`: it is refused before, and the sender shut out (REJECT)."""
 
     def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         """May raise `ProtocolError`: the message was such that the sender misbehaves, and is shut out (REJECT)."""
@@ -169,8 +175,7 @@ class Link:
 
 
 class Switchboard:
-    """All links of one peer in one run. `tensor`: what activations and gradients carry, and `max_tensor` the most bytes
-    of their payload; who takes none leaves both out."""
+    """All links of one peer in one run. `max_tensor` bounds a tensor's payload in bytes (0: takes none)."""
 
     def __init__(
         self,
@@ -179,7 +184,6 @@ class Switchboard:
         *,
         stage: int,
         owner: Owner,
-        tensor: TensorHeader | None = None,
         max_tensor: int = 0,
         delay: float = 0.0,
     ) -> None:
@@ -187,7 +191,7 @@ class Switchboard:
         self.refusals = Refusals()
         self.links: dict[PeerId, Link] = {}
         self.methods: dict[str, Method] = {}
-        self._tensor, self._max_tensor, self._owner, self._delay = tensor, max_tensor, owner, delay
+        self._max_tensor, self._owner, self._delay = max_tensor, owner, delay
         self._protocol = f"/sentinel/{run.hex()[:16]}/{PROTOCOL_VERSION}"
         self._acceptor = sockets.Acceptor(self._accept)
         self._penalties: OrderedDict[PeerId, float] = OrderedDict()
@@ -310,8 +314,8 @@ class Switchboard:
             raise ProtocolError(Reason.BUSY, "too many streams")
         stream = Stream(
             Hello(PROTOCOL_VERSION, self.run, self.stage, link.session),
-            self._tensor,
             self._max_tensor,
+            lambda tensor, size: self._owner.on_announced(link, tensor, size),
             lambda stream, message, payload: self._on_frame(link, stream, message, payload),
             lambda stream: self._on_stream_closed(link, stream),
             lambda stream, error: self._on_violation(link, error),

@@ -11,10 +11,11 @@ from typing import cast
 import numpy as np
 
 from protocol import messages, wire
-from protocol.codec import ArrivingTensor, Payload, TensorHeader
+from protocol.codec import ArrivingTensor, Payload
 from protocol.errors import ProtocolError, Reason
 from protocol.messages import HEADER_SIZE, Activation, Gradient, Kind, Ping, Pong
 
+OnTensor = Callable[[Activation | Gradient, int], None]
 OnFrame = Callable[["Stream", wire.Message, Payload], None]
 OnClosed = Callable[["Stream"], None]
 
@@ -27,24 +28,25 @@ MAX_BACKLOG = 256 * 1024 * 1024
 class Stream(asyncio.BufferedProtocol):
     """Reads frames straight into the memory that keeps them; writes without copying the payload.
 
-    `tensor` is what activations and gradients should carry, and `max_tensor` the most bytes that they may. `greeting`
-    is the first thing sent. `on_frame` is called on the event loop for each frame but pings and pongs, and must not
-    block. Until it has set `greeted` only a hello or a farewell is read. A `ProtocolError` out of parsing or out of
-    `on_frame` goes to `on_violation`, and the stream is aborted.
+    `greeting` is the first thing sent. `on_tensor` is called with an activation or gradient and its payload's size,
+    before memory is allocated for it, and answers for its shape; `on_frame` for each frame but pings and pongs. Both
+    run on the event loop and must not block. Until `greeted` is set only a hello or a farewell is read. A
+    `ProtocolError` out of parsing or out of either goes to `on_violation`, and the stream is aborted.
     """
 
     def __init__(
         self,
         greeting: wire.Message,
-        tensor: TensorHeader | None,
         max_tensor: int,
+        on_tensor: OnTensor,
         on_frame: OnFrame,
         on_closed: OnClosed,
         on_violation: Callable[[Stream, ProtocolError], None],
         delay: float = 0.0,
     ) -> None:
-        self._greeting, self._tensor, self._max_tensor = greeting, tensor, max_tensor
-        self._on_frame, self._on_closed, self._on_violation = on_frame, on_closed, on_violation
+        self._greeting, self._max_tensor = greeting, max_tensor
+        self._on_tensor, self._on_frame = on_tensor, on_frame
+        self._on_closed, self._on_violation = on_closed, on_violation
         self._delay = delay
         self._transport: asyncio.Transport | None = None
         self._header = memoryview(bytearray(HEADER_SIZE))
@@ -106,11 +108,13 @@ class Stream(asyncio.BufferedProtocol):
 
     def _take_message(self, kind: Kind) -> None:
         message = self._message = messages.parse_message(kind, self._part)
+        tensor = message if isinstance(message, Activation | Gradient) else None
+        if tensor is not None:
+            self._on_tensor(tensor, self._payload_size)
         # Not zeroed: the network fills it. This is the memory that the tensor will be a view of.
         self._aim(memoryview(np.empty(self._payload_size, np.uint8).data) if self._payload_size else _EMPTY)
-        # Of another shape it is refused when it is here: nobody may choose how finely we cut.
-        if isinstance(message, Activation | Gradient) and message.tensor == self._tensor:
-            self._arriving = ArrivingTensor(message.tensor, self._part)
+        if tensor is not None:
+            self._arriving = ArrivingTensor(tensor.tensor, self._part)
 
     def _dispatch(self, message: wire.Message, payload: Payload) -> None:
         if isinstance(message, Ping):

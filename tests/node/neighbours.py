@@ -63,7 +63,6 @@ class Victim:
             self.run,
             stage=1,
             owner=self,
-            tensor=self.passes.header,
             max_tensor=self.passes.payload_size,
         )
         self.pipeline = Pipeline(
@@ -84,6 +83,9 @@ class Victim:
 
     def on_link_down(self, link: Link) -> None:
         self.pipeline.on_link_down(link)
+
+    def on_announced(self, link: Link, message: Activation | Gradient, size: int) -> None:
+        self.pipeline.on_announced(link, message, size)
 
     def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         self.pipeline.on_message(link, message, payload)
@@ -149,6 +151,8 @@ class Neighbour:
 
     def on_link_down(self, link: Link) -> None:
         self.down.set()
+
+    def on_announced(self, link: Link, message: Activation | Gradient, size: int) -> None: ...
 
     def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         if isinstance(message, Credit):

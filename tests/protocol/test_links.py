@@ -14,11 +14,12 @@ import pytest_asyncio
 from structlog.testing import capture_logs
 
 from protocol import links, streams, wire
+from protocol.codec import Payload
 from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
 from protocol.identity import Identity, PeerId
 from protocol.links import Answer, Link, Switchboard
-from protocol.messages import MAX_CHUNK, Ping, Reply, Request, frame_of
+from protocol.messages import MAX_CHUNK, Activation, Gradient, Ping, Reply, Request, frame_of
 from protocol.requests import Nothing
 from protocol.vote_set import VoteSet
 from protocol.votes import Cause, Electorate, Verdict
@@ -47,7 +48,9 @@ class Listener:
         self.told.append("down")
         self.down.set()
 
-    def on_message(self, link: Link, message: wire.Message, payload: memoryview) -> None:
+    def on_announced(self, link: Link, message: Activation | Gradient, size: int) -> None: ...
+
+    def on_message(self, link: Link, message: wire.Message, payload: Payload) -> None:
         self.heard.append(message)
 
 

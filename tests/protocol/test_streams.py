@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol import messages, streams, wire
@@ -19,6 +19,7 @@ from tests.protocol.strategies import messages_of, mutated
 
 MAX_TENSOR = 4096
 TENSOR = TensorHeader("bf16", (3, 4, 10))
+REFUSED = (3, 10, 4)
 HELLO = Hello(PROTOCOL_VERSION, b"r" * 32, 1, b"session!")
 FRAMED = [kind for kind in messages._KINDS if kind not in (Ping, Pong, Hello)]
 
@@ -57,14 +58,18 @@ class Ear:
         self.pipe = Pipe()
         self.stream = Stream(
             HELLO,
-            TENSOR,
             MAX_TENSOR,
+            self._announce,
             self._hear,
             lambda stream: None,
             lambda stream, error: self.violations.append(error),
         )
         self.stream.connection_made(self.pipe)
         self.stream.greeted = greeted
+
+    def _announce(self, message: Activation | messages.Gradient, size: int) -> None:
+        if message.tensor.shape == REFUSED:
+            raise ProtocolError(Reason.WRONG_SHAPE)
 
     def _hear(self, stream: Stream, message: wire.Message, payload: Payload) -> None:
         self.heard.append((message, bytes(payload.data)))
@@ -89,6 +94,8 @@ def framed(message: wire.Message, payload: bytes = b"") -> bytes:
 @st.composite
 def frames(draw: st.DrawFn) -> tuple[wire.Message, bytes]:
     message = draw(st.sampled_from(FRAMED).flatmap(messages_of))
+    if isinstance(message, Activation | messages.Gradient):  # Of another shape the owner would refuse it.
+        message = msgspec.structs.replace(message, tensor=TENSOR)
     carries = isinstance(message, Activation | messages.Gradient | Request | Reply)
     return message, draw(st.binary(max_size=MAX_TENSOR)) if carries else b""
 
@@ -114,12 +121,24 @@ def test_a_tensor_is_digested_leaf_by_leaf_while_it_arrives(
     sent: Activation | messages.Gradient, payload: bytes, cuts: list[int]
 ) -> None:
     ear = Ear()
-    for header in (TENSOR, TensorHeader("bf16", (3, 10, 4))):
-        ear.feed(framed(msgspec.structs.replace(sent, tensor=header), payload), cuts)
+    ear.feed(framed(msgspec.structs.replace(sent, tensor=TENSOR), payload), cuts)
     data = memoryview(payload)
     labels = data[TENSOR.size :]
     expected = leaves_of(TENSOR, data[: TENSOR.size], *([labels] if labels else []))
-    assert ear.leaves == [expected, ()], "of another shape it is refused, and not worth a digest"
+    assert ear.leaves == [expected]
+
+
+@given(st.sampled_from([Activation, messages.Gradient]).flatmap(messages_of))
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_tensor_is_refused_before_its_memory_is_allocated(
+    monkeypatch: pytest.MonkeyPatch, sent: Activation | messages.Gradient
+) -> None:
+    monkeypatch.setattr(streams.np, "empty", lambda *_: pytest.fail("allocated"))
+    ear = Ear()
+    message = msgspec.structs.replace(sent, tensor=TensorHeader("bf16", REFUSED))
+    ear.feed(messages.frame_of(message, TENSOR.size))
+    assert [error.reason for error in ear.violations] == [Reason.WRONG_SHAPE]
+    assert ear.pipe.closed
 
 
 @given(st.data(), st.lists(frames(), min_size=1, max_size=3), st.lists(st.integers(1, 100), max_size=20))
