@@ -152,9 +152,8 @@ class Stream(asyncio.BufferedProtocol):
             self.abort()
             return
         try:
-            for part in parts:
-                self._transport.write(part)
-                self.sent_bytes += len(part)
+            self._transport.writelines(parts)
+            self.sent_bytes += sum(map(len, parts))
         except RuntimeError:  # uvloop has closed it, and will tell us only later.
             return
 
