@@ -72,11 +72,12 @@ class Flight:
     gradient: Held = field(default_factory=Held)
     output: Outgoing | None = None
     answer: Outgoing | None = None
-    answer_version: int = 0
+    answer_version: int = -1
     state: bytes = b""
     """Which weights the work was done with."""
     graph: Pass | None = None
-    version: int = 0
+    version: int = -1
+    """Of the weights that the forward pass used, and `answer_version` the backward pass; -1 before."""
     next: PeerId | None = None
     sent_at: float = 0.0
     queue_at_send: int = 1
@@ -94,7 +95,9 @@ class Flight:
         outgoing = sum(part.size for part in (self.output, self.answer) if part is not None)
         return len(self.received.payload) + len(self.gradient.payload) + outgoing
 
-    def drop_graph(self) -> None:
+    def release(self) -> None:
+        """At its end: forget what only the work needed. What came is kept, and the answer: it may be wanted again."""
+        self.output = None
         if self.graph is not None:
             self.graph.release()
             self.graph = None

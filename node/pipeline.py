@@ -305,12 +305,12 @@ class Pipeline:
             self._finish(flight, result)
             return
         flight.graph, flight.output = result.graph, result.output
+        if flight.output is None:  # A testbed's attacker that sends nothing, and says so.
+            self._end(flight)
+            return
         flight.version, flight.state = result.graph.version, result.graph.state
         if flight.previous is None:
             flight.received = Held(digest=result.input_digest)
-        if flight.output is None:  # A testbed's attacker that sends nothing.
-            self._end(flight)
-            return
         flight.phase = Phase.UNSENT
         self._unsent.append(flight)
         self._pump()
@@ -476,7 +476,7 @@ class Pipeline:
 
     def _end(self, flight: Flight) -> None:
         flight.phase = Phase.DONE
-        flight.drop_graph()
+        flight.release()
         flight.serial = next(self._serials)
         self.flights.pop(flight.id, None)
         self.finished.add(flight, monotonic())
@@ -514,7 +514,7 @@ class Pipeline:
         log.info("lost", microbatch=str(flight.id), reason=reason.value, phase=flight.phase.name)
         self.counts["lost"] += 1
         flight.phase = Phase.DONE
-        flight.drop_graph()
+        flight.release()
         flight.serial = next(self._serials)
         self.flights.pop(flight.id, None)
         self.dropped.add(flight, monotonic())

@@ -37,8 +37,9 @@ from protocol.votes import Verdict
 
 log = structlog.get_logger("node")
 
-_MAX_PAST = 32
-"""Versions whose weights are kept at most. Rounds of a small model are short, and a verifier looks seconds later."""
+_MAX_PAST = 12
+"""Versions whose weights are kept at most. Rounds of a small model are short, and a verifier looks seconds later: of
+161 questions in two demos one was about an older one. More are not worth their price: to touch new memory is slow."""
 
 
 @dataclass(frozen=True)

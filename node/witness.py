@@ -203,8 +203,7 @@ class Witness:
 
 
 def _passage(flight: Flight) -> Passage:
-    worked = flight.output is not None or flight.answer is not None
-    version = max(flight.version, flight.answer_version) if worked else -1
+    version = max(flight.version, flight.answer_version)
     return Passage(flight.id, flight.previous, flight.next, version, flight.flagged, flight.state)
 
 

@@ -81,6 +81,6 @@ def test_dropping_the_graph_frees_it() -> None:
     x = torch.ones(2, requires_grad=True)
     one.graph = Pass(x, x * 2, [], 0)
     graph = one.graph
-    one.drop_graph()
-    one.drop_graph()
+    one.release()
+    one.release()
     assert one.graph is None and graph._graph is None
