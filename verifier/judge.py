@@ -93,7 +93,7 @@ class Judge:
         # Every panel shows one sequence of each tensor.
         self._rate = min(policy.sampling, BYTES_SHARE / count * sequences)
         self._hearing_rate = RECOMPUTE_SHARE / count * sequences * self._stages * PRICE[Direction.GRADIENT]
-        self._routine = Allowance(2.0 * self._panel_size, float(self._panel_size))
+        self._routine = Allowance(2.0 * self._panel_size, 0.0)
         self._alarms = Allowance(ALARMS_SAVED, ALARMS_SAVED)
         self._hearings = Allowance(HEARINGS_SAVED, HEARINGS_SAVED)
         self._round = 0
