@@ -40,6 +40,8 @@ log = structlog.get_logger("node")
 _MAX_PAST = 12
 """Versions whose weights are kept at most. Rounds of a small model are short, and a verifier looks seconds later: of
 161 questions in two demos one was about an older one. More are not worth their price: to touch new memory is slow."""
+_PAST_FOR = 20.0
+"""Seconds after which earlier weights are of no use: no verifier draws what ended so long ago."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Replica:
         )
         self.witness = Witness(self.switchboard, electorate.verifiers, compute, passes, self.pipeline)
         if electorate.verifiers:
+            passes.trainer.memory_seconds = _PAST_FOR
             passes.trainer.memory = max(1, min(_MAX_PAST, limits.past_bytes // (4 * passes.trainer.size)))
         self.votes.subscribe(self._on_verdict)
         self._state_server = StateServer(self.switchboard, compute, passes.trainer, self.rounds.held)

@@ -9,6 +9,7 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
 from weakref import WeakSet
 
 import torch
@@ -62,7 +63,10 @@ class StageTrainer:
         self.accumulated = 0
         self.memory = 0
         """How many earlier versions' weights are kept, so that work done with them can be done again."""
-        self._past: OrderedDict[int, Tensor] = OrderedDict()
+        self.memory_seconds = math.inf
+        """For how long, but for the last of them."""
+        self._past: OrderedDict[int, tuple[Tensor, float]] = OrderedDict()
+        """And when a step went past them."""
         self.module = build_stage(manifest, stage, device)
         self._device = device
         self._optimizer_section = manifest.optimizer
@@ -148,7 +152,7 @@ class StageTrainer:
             return self._redo(x, grad_output, labels)
         if version not in self._past:
             raise ValueError(f"the weights of version {version} are not kept")
-        self._place([nn.Parameter(view, requires_grad=False) for view in self._views(self._past[version])])
+        self._place([nn.Parameter(view, requires_grad=False) for view in self._views(self._past[version][0])])
         try:
             return self._redo(x, grad_output, labels)
         finally:
@@ -234,10 +238,12 @@ class StageTrainer:
 
     def _remember(self) -> None:
         """Keep this version's weights, if `memory` says so: the next step then writes into a copy."""
+        now = monotonic()
         if self.memory:
-            self._past[self.version] = self._weights
-        while len(self._past) > self.memory:
-            self._past.popitem(last=False)
+            self._past[self.version] = self._weights, now
+        too_old = [version for version, (_, at) in self._past.items() if now - at > self.memory_seconds]
+        for version in (*self._past,)[: max(len(too_old), len(self._past) - self.memory)]:
+            del self._past[version]
 
     def _adamw(self, gradient: Tensor) -> None:
         """`torch.optim.AdamW` on the flat vectors, in place."""

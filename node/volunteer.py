@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Sequence
 from contextlib import suppress
@@ -187,6 +188,7 @@ class Volunteer:
         passes = self.replica.passes
         passes.sabotage = Sabotage(attack, self.replica.stage, self.peer_id, self.manifest.seed)
         passes.trainer.memory = max(passes.trainer.memory, passes.sabotage.weight_memory)
+        passes.trainer.memory_seconds = math.inf
         log.warning("this node attacks the run, as it was told to", stage=self.replica.stage)
 
     async def _choose_stage(self, manifest: Manifest) -> int:

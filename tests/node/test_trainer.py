@@ -249,6 +249,22 @@ def test_state_moves_and_training_goes_on_bit_by_bit(middle: StageTrainer, chunk
     assert middle.digest(4096) == source.digest(4096)
 
 
+def test_earlier_weights_are_kept_by_number_and_by_age(
+    middle: StageTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((0.0, 1.0, 2.0, 3.0, 12.5, 30.0, 31.0))
+    monkeypatch.setattr("node.trainer.monotonic", lambda: next(clock))
+    middle.memory, middle.memory_seconds = 3, 10.0
+    kept = []
+    for _ in range(7):
+        middle.step(torch.ones(middle.size))
+        kept.append(middle.version - middle.oldest)
+    assert kept == [1, 2, 3, 3, 2, 1, 2]
+    middle.redo(middle.oldest, hidden(1))
+    with pytest.raises(ValueError, match="not kept"):
+        middle.redo(middle.oldest - 1, hidden(1))
+
+
 def test_chunks_can_be_checked_one_by_one() -> None:
     source = trained()
     digests = source.chunk_digests(1000)
