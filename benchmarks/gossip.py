@@ -258,10 +258,17 @@ class Crowd:
         return [link.round_trip for link in links if link.round_trip is not None]
 
 
+# Below those that the system gives to connections: one of them might have it until its peer starts.
+_ports = iter(random.sample(range(20_000, 32_000), 12_000))
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Each only once."""
+    for port in _ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise SentinelError("no port is free between 20000 and 32000")
 
 
 async def _until(is_done: Callable[[], bool], problem: str) -> None:
