@@ -315,7 +315,7 @@ class Switchboard:
         stream = Stream(
             Hello(PROTOCOL_VERSION, self.run, self.stage, link.session),
             self._max_tensor,
-            lambda tensor, size: self._owner.on_announced(link, tensor, size),
+            lambda tensor, size: self._on_tensor(link, tensor, size),
             lambda stream, message, payload: self._on_frame(link, stream, message, payload),
             lambda stream: self._on_stream_closed(link, stream),
             lambda stream, error: self._on_violation(link, error),
@@ -339,6 +339,13 @@ class Switchboard:
         """What comes after we have closed the link was not heard in full, and says nothing about the peer."""
         if not link.closed:
             self.reject(link.peer, error)
+
+    def _on_tensor(self, link: Link, tensor: Activation | Gradient, size: int) -> bool:
+        """False on a link that is closed: what still comes is not used, and a farewell may be on its way out."""
+        if link.closed:
+            return False
+        self._owner.on_announced(link, tensor, size)
+        return True
 
     def _on_frame(self, link: Link, stream: Stream, message: wire.Message, payload: Payload) -> None:
         if link.closed:

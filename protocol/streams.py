@@ -15,7 +15,7 @@ from protocol.codec import ArrivingTensor, Payload
 from protocol.errors import ProtocolError, Reason
 from protocol.messages import HEADER_SIZE, Activation, Gradient, Kind, Ping, Pong
 
-OnTensor = Callable[[Activation | Gradient, int], None]
+OnTensor = Callable[[Activation | Gradient, int], bool]
 OnFrame = Callable[["Stream", wire.Message, Payload], None]
 OnClosed = Callable[["Stream"], None]
 
@@ -29,9 +29,10 @@ class Stream(asyncio.BufferedProtocol):
     """Reads frames straight into the memory that keeps them; writes without copying the payload.
 
     `greeting` is the first thing sent. `on_tensor` is called with an activation or gradient and its payload's size,
-    before memory is allocated for it, and answers for its shape; `on_frame` for each frame but pings and pongs. Both
-    run on the event loop and must not block. Until `greeted` is set only a hello or a farewell is read. A
-    `ProtocolError` out of parsing or out of either goes to `on_violation`, and the stream is aborted.
+    before memory is allocated for it, and says whether it is to be digested, answering for its shape; `on_frame` for
+    each frame but pings and pongs. Both run on the event loop and must not block. Until `greeted` is set only a hello
+    or a farewell is read. A `ProtocolError` out of parsing or out of either goes to `on_violation`, and the stream is
+    aborted.
     """
 
     def __init__(
@@ -109,11 +110,10 @@ class Stream(asyncio.BufferedProtocol):
     def _take_message(self, kind: Kind) -> None:
         message = self._message = messages.parse_message(kind, self._part)
         tensor = message if isinstance(message, Activation | Gradient) else None
-        if tensor is not None:
-            self._on_tensor(tensor, self._payload_size)
+        is_wanted = tensor is not None and self._on_tensor(tensor, self._payload_size)
         # Not zeroed: the network fills it. This is the memory that the tensor will be a view of.
         self._aim(memoryview(np.empty(self._payload_size, np.uint8).data) if self._payload_size else _EMPTY)
-        if tensor is not None:
+        if tensor is not None and is_wanted:
             self._arriving = ArrivingTensor(tensor.tensor, self._part)
 
     def _dispatch(self, message: wire.Message, payload: Payload) -> None:

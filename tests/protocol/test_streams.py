@@ -19,7 +19,7 @@ from tests.protocol.strategies import messages_of, mutated
 
 MAX_TENSOR = 4096
 TENSOR = TensorHeader("bf16", (3, 4, 10))
-REFUSED = (3, 10, 4)
+REFUSED, UNWANTED = (3, 10, 4), (1 << 24,)
 HELLO = Hello(PROTOCOL_VERSION, b"r" * 32, 1, b"session!")
 FRAMED = [kind for kind in messages._KINDS if kind not in (Ping, Pong, Hello)]
 
@@ -67,9 +67,10 @@ class Ear:
         self.stream.connection_made(self.pipe)
         self.stream.greeted = greeted
 
-    def _announce(self, message: Activation | messages.Gradient, size: int) -> None:
+    def _announce(self, message: Activation | messages.Gradient, size: int) -> bool:
         if message.tensor.shape == REFUSED:
             raise ProtocolError(Reason.WRONG_SHAPE)
+        return message.tensor.shape != UNWANTED
 
     def _hear(self, stream: Stream, message: wire.Message, payload: Payload) -> None:
         self.heard.append((message, bytes(payload.data)))
@@ -139,6 +140,16 @@ def test_a_tensor_is_refused_before_its_memory_is_allocated(
     ear.feed(messages.frame_of(message, TENSOR.size))
     assert [error.reason for error in ear.violations] == [Reason.WRONG_SHAPE]
     assert ear.pipe.closed
+
+
+@given(st.sampled_from([Activation, messages.Gradient]).flatmap(messages_of), st.binary(max_size=MAX_TENSOR))
+@settings(max_examples=5)
+def test_a_tensor_that_nobody_wants_passes_undigested(
+    sent: Activation | messages.Gradient, payload: bytes
+) -> None:
+    ear = Ear()
+    ear.feed(framed(msgspec.structs.replace(sent, tensor=TensorHeader("bf16", UNWANTED)), payload))
+    assert ear.leaves == [()] and not ear.violations
 
 
 @given(st.data(), st.lists(frames(), min_size=1, max_size=3), st.lists(st.integers(1, 100), max_size=20))
