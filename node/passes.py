@@ -31,7 +31,9 @@ from protocol.errors import ProtocolError, Reason
 from protocol.manifest import Manifest
 from protocol.receipts import Receipt, SignedReceipt
 from protocol.samples import STATE_BYTES
-from verifier.guard import Guard, LossGuard, Repeats
+from verifier.guard import Guard
+from verifier.loss_guard import LossGuard
+from verifier.senders import Repeats
 from verifier.streams import Direction
 
 _MAX_FLAGGED = 256

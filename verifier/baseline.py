@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -197,3 +200,42 @@ class Spread:
         self._seen += n
         quick = max(n / (self._seen + n), 1 - (1 - 1 / 64) ** n)
         self._usual = np.maximum(self._usual + quick * (middle(scores) - self._usual), 1e-3)
+
+
+class Recent:
+    """What is usual of one number that drifts, from few of them: how far it is from the `near` before it, among how far
+    the latest were from those before them. With `finest`, a spread is never taken to be smaller.
+
+    For one that falls or rises by more than it varies, as losses and their like do in a run's beginning: to compare it
+    with the mean of the latest would hide an outlier altogether.
+    """
+
+    near = 6
+    enough = 8
+    remembered = 24
+
+    def __init__(self) -> None:
+        self._usual: deque[float] = deque(maxlen=self.near)
+        self._away: deque[float] = deque(maxlen=self.remembered)
+        self._expected = self._drift = self._spread = 0.0
+
+    def deviation(self, value: float, finest: float) -> float:
+        """In robust standard deviations; 0 as long as there is not enough to compare with."""
+        if len(self._away) < self.enough:
+            return 0.0
+        # A drift may end at any time: that alone is no more than one deviation.
+        return (value - self._expected - self._drift) / max(self._spread, abs(self._drift), finest)
+
+    def learn(self, value: float) -> None:
+        """Of accepted values only."""
+        if len(self._usual) == self.near:
+            self._away.append(value - self._expected)
+            self._drift = median(self._away)
+            self._spread = 1.4826 * median(abs(one - self._drift) for one in self._away)
+        self._usual.append(value)
+        self._expected = median(self._usual)
+
+    def clear(self) -> None:
+        """Forget everything: it is no longer what it was."""
+        self._usual.clear()
+        self._away.clear()

@@ -21,12 +21,12 @@ TOKENS = ("worst_turn", "longest_step", "shortest_step", "highest_push", "lowest
 
 Singles = npt.NDArray[np.float32]
 
-_TINY = 1e-20
+TINY = 1e-20
 # Below this share of changed signs a logarithm would only magnify counting noise.
 _SIGN_FLOOR = 1e-3
 # Numbers that a core keeps at hand: three arrays of as many are 768 KiB.
 _CACHED = 1 << 16
-LEAST = (_TINY, _TINY, _SIGN_FLOOR, _TINY)
+LEAST = (TINY, TINY, _SIGN_FLOOR, TINY)
 """What is added to each marginal distance before its logarithm is taken."""
 
 
@@ -50,7 +50,7 @@ def marginal_distances(outputs: Tensor, mean: Tensor, directions: Tensor) -> Flo
     distances = np.empty((len(sent), len(MARGINAL)))
     with np.errstate(all="ignore"):  # What is not finite shows as such.
         rows = (sent - usual).reshape(len(sent), -1)
-        scale = max(float(np.vdot(usual, usual) / usual.size) ** 0.5, _TINY)
+        scale = max(float(np.vdot(usual, usual) / usual.size) ** 0.5, TINY)
         distances[:, 1] = np.sqrt(np.vecdot(rows, rows) / rows.shape[1]) / scale
         distances[:, 0] = _sizes(rows)
         distances[:, 2] = _changed_signs(sent, usual)
@@ -132,23 +132,23 @@ def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor | None) -> tup
             changes[some] = _changed_signs(x[some], y[some])
         usual = _array(torch.from_numpy(steps).nanmedian(0).values if mean_step is None else mean_step)
         lx = np.sqrt(xx)
-        sum_xx, sum_yy, sum_dd = (one.sum(1) + _TINY for one in (xx, yy, dd))
-        turn = 1 - (xx + yy - dd) / 2 / np.maximum(lx * np.sqrt(yy), _TINY)
-        bend = np.log(dd + _TINY) - np.log(xx + _TINY)
+        sum_xx, sum_yy, sum_dd = (one.sum(1) + TINY for one in (xx, yy, dd))
+        turn = 1 - (xx + yy - dd) / 2 / np.maximum(lx * np.sqrt(yy), TINY)
+        bend = np.log(dd + TINY) - np.log(xx + TINY)
         # How much of the step is along the input: free of the step's size, which grows a lot in training.
-        push = (yy - xx - dd) / 2 / np.maximum(lx * np.sqrt(dd), _TINY)
+        push = (yy - xx - dd) / 2 / np.maximum(lx * np.sqrt(dd), TINY)
         spread = np.sqrt(sum_dd / tokens)
         wander = _lengths(steps - usual) / spread
-        along = steps @ usual / np.maximum(_lengths(steps) * _lengths(usual), _TINY)
+        along = steps @ usual / np.maximum(_lengths(steps) * _lengths(usual), TINY)
         shape = roughness * width**0.5 / spread
         columns = (
             np.log(np.maximum(turn.sum(1) / tokens, 1e-6)),
             np.log(changes + _SIGN_FLOOR),
             np.log(sum_dd) - np.log(sum_xx),
             (sum_yy - sum_xx - sum_dd) / 2 / np.sqrt(sum_xx * sum_dd),
-            np.log(wander + _TINY),
+            np.log(wander + TINY),
             np.log(np.maximum(1 - along, 0) + 0.01),
-            np.log(shape + _TINY),
+            np.log(shape + TINY),
             np.log(np.maximum(turn.max(1), 1e-6)),
             bend.max(1),
             bend.min(1),

@@ -1,19 +1,18 @@
 """The inline guard: what a receiver asks of every tensor before it uses it. It sees single tensors, not their inputs.
 
-The paper's check on the statistics of `verifier.features`, on the tokens at a few places that the receiver draws by
-itself and tells nobody: a corruption of the whole tensor shows there as well as anywhere, and looking at every element
-of every tensor would cost more than the check is worth. In NumPy, and plain floats where there are four of them: when
-a stage has worked, nothing of this is in a cache any more, so it is the number of operations that costs.
+The paper's check on the statistics of `verifier.features`; and how well the tensor agrees with the stream in its mean
+and in what its channels have in common, which tells noise of the right size, and whose signs were changed. All of it on
+the tokens at a few places that the receiver draws by itself and tells nobody: a corruption of the whole tensor shows
+there as well as anywhere, and looking at every element of every tensor would cost more than the check is worth. In
+NumPy, and plain floats where there are few of them: when a stage has worked, nothing of this is in a cache any more, so
+it is the number of operations that costs.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,39 +20,27 @@ import torch
 from torch import Tensor
 
 from verifier import features
-from verifier.baseline import Centring, MeanTensor
+from verifier.baseline import Centring, MeanTensor, Recent
+from verifier.senders import Latest, Sums
 from verifier.streams import Direction, Mask, Peer
 
 _Seen: TypeAlias = npt.NDArray[np.float32]
 
 _ELEMENTS = 2048
 _FEWEST_PLACES = 4
+_MOST_CHANNELS = 128
 _ROUNDING = 1e-5
 """Of a projection: what may tell equal tokens apart."""
-_LATEST = 24
 # While it is young it learns from every tensor, then from every fourth: learning costs as much as looking.
 _YOUNG, _LEARNS_EVERY = 64, 4
+_MOMENTS_KEPT = 0.95
+_FINEST = 0.1
+"""Of what a tensor agrees by: less than that is no difference."""
+_DISAGREEMENT_ALLOWED = 3.0
+"""Standard deviations each time: what honest texts disagree by has a heavy tail."""
 # What honest gradients do: in training their sizes change severalfold within a few microbatches, all at once. In logs,
 # so that three sizes have to be off by a factor of eight between them. Signs have no size.
 _FLOORS = {Direction.ACTIVATION: None, Direction.GRADIENT: np.array([0.3, 0.3, 0.0, 0.3])}
-
-
-class _Latest:
-    """The latest tensors, by sender, and which of them were odd."""
-
-    def __init__(self) -> None:
-        self._latest: deque[tuple[Peer, bool]] = deque(maxlen=_LATEST)
-
-    def note(self, sender: Peer, is_odd: bool) -> bool:
-        """Whether most senders are odd by now: then it is not they who have changed."""
-        self._latest.append((sender, is_odd))
-        if not is_odd or len(self._latest) < _LATEST:
-            return False
-        sent, odd = Counter(one for one, _ in self._latest), Counter(one for one, was in self._latest if was)
-        if 2 * sum(2 * odd[peer] > sent[peer] for peer in sent) <= len(sent):
-            return False
-        self._latest.clear()
-        return True
 
 
 class Guard:
@@ -67,9 +54,13 @@ class Guard:
     def __init__(self, direction: Direction, generator: np.random.Generator, limit: float = 6.0) -> None:
         self._generator, self._limit = generator, limit
         self._mean = MeanTensor({Direction.ACTIVATION: 0.9, Direction.GRADIENT: 0.8}[direction] ** (1 / 8))
+        self._moments = MeanTensor(_MOMENTS_KEPT)
         self._centring = Centring(len(features.MARGINAL), _FLOORS[direction])
-        self._latest = _Latest()
+        self._agreement = (Recent(), Recent())
+        self._disagreement = Sums(_DISAGREEMENT_ALLOWED, limit)
+        self._latest = Latest()
         self._places: torch.Tensor | None = None
+        self._channels: npt.NDArray[np.int64] | None = None
         self._usual: _Usual | None = None
         self._scales: tuple[list[float], list[float]] | None = None
         self.checked = self.flagged = 0
@@ -77,33 +68,46 @@ class Guard:
     def check(self, tensor: Tensor, sender: Peer) -> bool:
         """Whether a tensor (B, T, W) of any floating dtype, on any device, may be used."""
         seen = self._look(tensor)
-        distances, is_uniform = self._measure(seen)
-        is_odd = is_uniform or self._is_odd(distances)
-        if not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0):
-            self._learn(seen, distances)
+        values = self._measure(seen)
+        is_odd = values is None or self._is_odd(values, sender)
+        if values is not None and not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0):
+            self._learn(seen, values)
         self.checked += 1
         self.flagged += is_odd
         if self._latest.note(sender, is_odd):
             self._centring.restart()
+            self._disagreement.clear()
+            for one in self._agreement:
+                one.clear()
             self._scales = None
         return not is_odd
 
-    def _is_odd(self, distances: Sequence[float]) -> bool:
-        if not all(map(math.isfinite, distances)):
+    def _is_odd(self, values: _Measures, sender: Peer) -> bool:
+        deviations = (
+            usual.deviation(value, _FINEST)
+            for usual, value in zip(self._agreement, values.agreement, strict=True)
+        )
+        if self._disagreement.add(sender, -min(deviations)):
             return True
         if self._scales is None:
             self._scales = self._centring.scales()
         if self._scales is None:
             return False
-        squares = 0.0
-        for distance, least, centre, scale in zip(distances, features.LEAST, *self._scales, strict=True):
-            squares += ((math.log(distance + least) - centre) / scale) ** 2
-        return math.sqrt(squares / len(distances)) > self._limit
+        residuals = (
+            (value - centre) / scale
+            for value, centre, scale in zip(values.distances, *self._scales, strict=True)
+        )
+        return math.hypot(*residuals) > self._limit * math.sqrt(len(features.MARGINAL))
 
-    def _learn(self, seen: _Seen, distances: Sequence[float]) -> None:
-        values = features.log_marginal(np.array([distances]))
-        self._centring.learn(values, self._centring.residuals(values, 0, None))
+    def _learn(self, seen: _Seen, values: _Measures) -> None:
+        row = np.array([values.distances])
+        self._centring.learn(row, self._centring.residuals(row, 0, None))
+        for usual, value in zip(self._agreement, values.agreement, strict=True):
+            usual.learn(value)
         self._mean.update(torch.from_numpy(seen.mean(0)), 1)
+        tokens = self._at_channels(seen.reshape(-1, seen.shape[-1]))
+        size = max(float(np.vdot(tokens, tokens)), features.TINY)
+        self._moments.update(torch.from_numpy(tokens.T @ tokens / size), 1)
         self._usual = self._scales = None
 
     def _look(self, tensor: Tensor) -> _Seen:
@@ -113,39 +117,81 @@ class Guard:
             count = min(tokens, max(_FEWEST_PLACES, _ELEMENTS // (sequences * width)))
             drawn = self._generator.choice(tokens, count, replace=False)
             self._places = torch.from_numpy(np.sort(drawn)).to(tensor.device)
+            if width > _MOST_CHANNELS:
+                self._channels = np.sort(self._generator.choice(width, _MOST_CHANNELS, replace=False))
         seen: _Seen = tensor.detach().index_select(1, self._places).to("cpu", torch.float32).numpy()
         return seen
 
-    def _measure(self, seen: _Seen) -> tuple[tuple[float, float, float, float], bool]:
-        """As `features.marginal_distances`; and whether every token is the same: then there is nothing of the text in
-        them, however near to the mean they are."""
+    def _at_channels(self, tokens: _Seen) -> _Seen:
+        """Tokens (n, W) at our channels, which are all where there are few."""
+        return tokens if self._channels is None else tokens[:, self._channels]
+
+    def _measure(self, seen: _Seen) -> _Measures | None:
+        """None for what is not finite, and where every token is the same: then there is nothing of the text in them,
+        however near to the mean they are."""
         if self._usual is None:
-            mean = seen.mean(0) if self._mean.value is None else self._mean.value.numpy()
-            self._usual = _Usual.of(mean, len(seen))
+            self._usual = self._what_is_usual(seen)
         usual, elements = self._usual, seen.size
         away = (seen - usual.mean).ravel()
-        length = math.sqrt(float(np.vdot(away, away)) / elements) / usual.size
+        square, squares = float(np.vdot(away, away)), float(np.vdot(seen, seen))
         flips = np.count_nonzero(np.signbit(seen) != usual.negative) / elements
-        own = _project(seen.reshape(-1, seen.shape[-1]))
-        is_uniform = bool(own[0, -1] - own[0, 0] <= _ROUNDING * abs(own[0, 0]))
+        tokens = seen.reshape(-1, seen.shape[-1])
+        own = _project(tokens)
+        if not math.isfinite(squares) or bool(own[0, -1] - own[0, 0] <= _ROUNDING * abs(own[0, 0])):
+            return None
         apart = (own - usual.projected).ravel()
-        return (_size(away) / elements, length, flips, _size(apart) / own.size), is_uniform
+        distances = (
+            _size(away) / elements, math.sqrt(square / elements) / usual.size, flips, _size(apart) / own.size
+        )  # fmt: skip
+        # Of the angle to the mean, by the law of cosines; rounding may make more of it than there can be.
+        length = usual.size * math.sqrt(elements)
+        mean = (squares + length**2 - square) / (2 * length * math.sqrt(squares))
+        moments = usual.agreement(self._at_channels(tokens))
+        return _Measures(
+            [math.log(one + least) for one, least in zip(distances, features.LEAST, strict=True)],
+            (max(-1.0, min(1.0, mean)), math.log(moments + features.TINY)),
+        )
+
+    def _what_is_usual(self, seen: _Seen) -> _Usual:
+        """From what was learned; where that is nothing yet, from what is seen."""
+        mean = seen.mean(0) if self._mean.value is None else self._mean.value.numpy()
+        if self._moments.value is None:
+            moments = np.eye(min(seen.shape[-1], _MOST_CHANNELS), dtype=np.float32)
+        else:
+            moments = self._moments.value.numpy()
+        return _Usual(
+            mean,
+            np.signbit(mean),
+            math.sqrt(float(np.vdot(mean, mean)) / mean.size) + features.TINY,
+            _project(mean).repeat(len(seen), axis=1),
+            moments / (math.sqrt(float(np.vdot(moments, moments))) + features.TINY),
+        )
+
+
+class _Measures(NamedTuple):
+    """The logarithms of `features.marginal_distances`; and how far the tensor agrees with the stream in its mean (a
+    cosine) and in its moments (a logarithm)."""
+
+    distances: list[float]
+    agreement: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class _Usual:
-    """The mean (P, W), which of it is negative, its root mean square, and its sorted projections, each as often as
-    there are sequences."""
+    """The mean (P, W), which of it is negative, its root mean square, its sorted projections, each as often as there
+    are sequences; and the tokens' second moments (channels, channels), of norm 1."""
 
     mean: _Seen
     negative: Mask
     size: float
     projected: _Seen
+    moments: _Seen
 
-    @classmethod
-    def of(cls, mean: _Seen, sequences: int) -> _Usual:
-        size = math.sqrt(float(np.vdot(mean, mean)) / mean.size) + 1e-20
-        return cls(mean, np.signbit(mean), size, _project(mean).repeat(sequences, axis=1))
+    def agreement(self, tokens: _Seen) -> float:
+        """How much of tokens (n, channels) lies along what they usually have in common: the mean of `y M y`, weighted
+        by the tokens' squared lengths. At most 1, as where all of them are along one direction."""
+        squares = max(float(np.vdot(tokens, tokens)), features.TINY)
+        return float(np.vdot(tokens @ self.moments, tokens)) / squares
 
 
 def _project(tokens: _Seen) -> _Seen:
@@ -158,88 +204,3 @@ def _project(tokens: _Seen) -> _Seen:
 def _size(numbers: _Seen) -> float:
     """The sum of absolute values of numbers (n,), which are overwritten."""
     return float(np.vdot(np.abs(numbers, out=numbers), features.ones(len(numbers))))
-
-
-class Repeats:
-    """Of one receiver: whether a sender's tensor came from it before, made of something else.
-
-    No two inputs give an honest stage the same output to the last bit; who sends what it sent before, whatever it was
-    given, does. By digests, which are there anyway: it costs a look-up. Of one sender, or others could make its own
-    look repeated.
-    """
-
-    _remembered = 4096
-
-    def __init__(self) -> None:
-        self._inputs: OrderedDict[tuple[Peer, bytes], bytes] = OrderedDict()
-
-    def check(self, sender: Peer, tensor: bytes, made_of: bytes) -> bool:
-        """Whether a tensor of this digest may be used, which its sender says it made of an input of that digest."""
-        known = self._inputs.setdefault((sender, tensor), made_of)
-        if len(self._inputs) > self._remembered:
-            self._inputs.popitem(last=False)
-        return known == made_of
-
-
-class LossGuard:
-    """Of a last stage: whether the loss that an activation led to may be learned from.
-
-    Whatever is done to an activation, harm to the model is loss: this sees what keeps the marginals as they are, such
-    as flipped signs or another microbatch's activation. One microbatch's loss says little, since texts differ; so for
-    each sender the standardised losses are summed up, less an allowance (Page's CUSUM, 1954), and what it sends is
-    flagged while the sum is above `limit`, in robust standard deviations. The loss falls as training goes on, in its
-    beginning by more than texts differ: so what is standardised is how far a loss is from the few before it, among how
-    far the latest were. That names nobody, as the corruption may be older than the sender: verifiers look at what is
-    flagged. If most senders are odd all starts anew, as for `Guard`.
-    """
-
-    _allowance = 1.5
-    """More than for normal losses: hard texts are further from the median than easy ones."""
-    _near = 6
-    _enough = 8
-    _remembered = 24
-    _finest = 0.02
-    _most_senders = 256
-
-    def __init__(self, limit: float = 6.0) -> None:
-        self._limit = limit
-        self._usual: deque[float] = deque(maxlen=self._near)
-        self._away: deque[float] = deque(maxlen=self._remembered)
-        """How far the latest usual losses were from the median of those before them."""
-        self._sums: OrderedDict[Peer, float] = OrderedDict()
-        self._latest = _Latest()
-
-    def check(self, loss: float, sender: Peer, *, is_retry: bool = False) -> bool:
-        """Whether a microbatch's mean loss, in nats a token and finite, may be learned from.
-
-        `is_retry`: of a microbatch that was lost before. A hard text that comes again says nothing new of its sender.
-        """
-        if is_retry:
-            return self._sums.get(sender, 0.0) <= self._limit
-        if len(self._usual) < self._near:
-            self._usual.append(loss)
-            return True
-        expected = median(self._usual)
-        beyond = self._standardised(loss - expected, expected) - self._allowance
-        # Bounded, so that a sender that mends is believed again soon.
-        total = min(max(0.0, self._sums.pop(sender, 0.0) + beyond), 2 * self._limit)
-        self._sums[sender] = total
-        if len(self._sums) > self._most_senders:
-            self._sums.popitem(last=False)
-        is_odd = total > self._limit
-        if not is_odd:
-            self._usual.append(loss)
-            self._away.append(loss - expected)
-        if self._latest.note(sender, is_odd):
-            self._usual.clear()
-            self._away.clear()
-            self._sums.clear()
-        return not is_odd
-
-    def _standardised(self, away: float, expected: float) -> float:
-        if len(self._away) < self._enough:
-            return 0.0
-        centre = median(self._away)
-        spread = 1.4826 * median(abs(one - centre) for one in self._away)
-        # A fall may end at any time: that alone is no more than the allowance.
-        return (away - centre) / max(spread, abs(centre), self._finest * expected)

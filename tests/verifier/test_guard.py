@@ -11,8 +11,10 @@ from torch import Tensor
 
 from verifier import features
 from verifier.attacks import View
-from verifier.guard import Guard, LossGuard, Repeats
+from verifier.guard import Guard
+from verifier.loss_guard import LossGuard
 from verifier.saboteur import parse_attack
+from verifier.senders import Repeats
 from verifier.streams import Direction
 
 SHAPE = (4, 64, 32)
@@ -40,7 +42,9 @@ def test_its_statistics_are_those_of_the_core() -> None:
     assert guard._places is not None and guard._mean.value is not None
     seen = tensor[:, guard._places]
     expected = features.marginal_distances(seen[None], guard._mean.value, features.projections(SHAPE[2]))
-    assert guard._measure(seen.numpy())[0] == pytest.approx(expected[0], rel=1e-4)
+    values = guard._measure(seen.numpy())
+    assert values is not None
+    assert values.distances == pytest.approx(features.log_marginal(expected)[0], abs=1e-4)
 
 
 def test_honest_streams_pass_while_training_changes_them() -> None:
@@ -63,6 +67,46 @@ def test_gross_corruption_is_flagged(attack: str, seed: int) -> None:
         corrupt[:] = torch.nan  # One element may be at a place that it does not look at.
     assert not guard.check(corrupt, "peer0")
     assert guard.check(output, "peer1")
+
+
+WIDTH = 160
+_COMMON = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def without_mean(generator: torch.Generator) -> Tensor:
+    """A stream like that of gradients: no mean, but channels that have much in common."""
+    parts = torch.randn(4, 64, len(_COMMON), generator=generator) * torch.arange(1, len(_COMMON) + 1)
+    return 0.01 * (parts @ _COMMON + 2 * torch.randn(4, 64, WIDTH, generator=generator))
+
+
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("attack", ["random", "random-sign:0.3", "random-sign:0.5", "invisible-noise:0.99"])
+def test_what_channels_have_in_common_tells_noise_of_the_right_size(
+    direction: Direction, attack: str
+) -> None:
+    for seed in range(4):
+        guard = Guard(direction, np.random.default_rng(seed))
+        generator = torch.Generator().manual_seed(seed)
+        corrupt = parse_attack(attack)(1)
+        passed = [guard.check(without_mean(generator), f"peer{place % 3}") for place in range(150)]
+        assert sum(passed) >= 149
+        bad = []
+        for place in range(60):
+            output = without_mean(generator)
+            if place % 3 == 0:
+                output = corrupt.corrupt(output, View(direction, 1, place, place, "peer0", output, {}))
+            (bad if place % 3 == 0 else passed).append(guard.check(output, f"peer{place % 3}"))
+        assert not any(bad[2:]), f"seed {seed}: {bad}"
+        assert sum(passed) >= len(passed) - 1
+
+
+def test_what_lies_across_the_mean_is_flagged_though_the_mean_is_small() -> None:
+    guard, generator = Guard(Direction.ACTIVATION, np.random.default_rng(0)), torch.Generator().manual_seed(0)
+    mean = 0.5 * torch.randn(64, WIDTH, generator=generator)
+    tensors = [mean + torch.randn(4, 64, WIDTH, generator=generator) for _ in range(200)]
+    assert all(guard.check(one, f"peer{place % 3}") for place, one in enumerate(tensors))
+    assert not guard.check(-tensors[0], "peer0")
+    assert not guard.check(tensors[0] - 2 * mean, "peer1")
 
 
 def test_an_attacker_among_three_does_not_move_it() -> None:

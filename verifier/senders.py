@@ -1,0 +1,77 @@
+"""What a receiver remembers of who sent it what: the guards' memory. All of it is bounded."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+
+from verifier.streams import Peer
+
+_LATEST = 24
+
+
+class Latest:
+    """The latest tensors, by sender, and which of them were odd."""
+
+    def __init__(self) -> None:
+        self._latest: deque[tuple[Peer, bool]] = deque(maxlen=_LATEST)
+
+    def note(self, sender: Peer, is_odd: bool) -> bool:
+        """Whether most senders are odd by now: then it is not they who have changed."""
+        self._latest.append((sender, is_odd))
+        if not is_odd or len(self._latest) < _LATEST:
+            return False
+        sent, odd = Counter(one for one, _ in self._latest), Counter(one for one, was in self._latest if was)
+        if 2 * sum(2 * odd[peer] > sent[peer] for peer in sent) <= len(sent):
+            return False
+        self._latest.clear()
+        return True
+
+
+class Sums:
+    """For each sender Page's CUSUM (1954) of how odd its tensors were, in robust standard deviations, less what is
+    `allowed` each time. At most twice `limit`, so that a sender that mends is believed again soon. Of the latest 256.
+    """
+
+    _most_senders = 256
+
+    def __init__(self, allowed: float, limit: float) -> None:
+        self._allowed, self._limit = allowed, limit
+        self._sums: OrderedDict[Peer, float] = OrderedDict()
+
+    def add(self, sender: Peer, deviation: float) -> bool:
+        """Whether the sender is odd by now."""
+        total = min(max(0.0, self._sums.pop(sender, 0.0) + deviation - self._allowed), 2 * self._limit)
+        self._sums[sender] = total
+        if len(self._sums) > self._most_senders:
+            self._sums.popitem(last=False)
+        return total > self._limit
+
+    def is_odd(self, sender: Peer) -> bool:
+        return self._sums.get(sender, 0.0) > self._limit
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+
+class Repeats:
+    """Of one receiver: whether a sender's tensor came from it before, made of something else.
+
+    No two inputs give an honest stage the same output to the last bit; who sends what it sent before, whatever it was
+    given, does. By digests, which are there anyway: it costs a look-up. Of one sender, or others could make its own
+    look repeated.
+    """
+
+    _remembered = 4096
+
+    def __init__(self) -> None:
+        self._inputs: OrderedDict[tuple[Peer, bytes], bytes] = OrderedDict()
+
+    def check(self, sender: Peer, tensor: bytes, made_of: bytes) -> bool:
+        """Whether a tensor of this digest may be used, which its sender says it made of an input of that digest."""
+        known = self._inputs.setdefault((sender, tensor), made_of)
+        if len(self._inputs) > self._remembered:
+            self._inputs.popitem(last=False)
+        return known == made_of
