@@ -10,7 +10,7 @@ from protocol.votes import Verdict
 from tests.verifier.streams import Stage, hops
 from verifier import features
 from verifier.audit import agrees
-from verifier.baseline import Centring, MeanByToken, MeanTensor, Spread
+from verifier.baseline import Centring, MeanByToken, MeanTensor, Recent, Spread
 from verifier.cascade import Cascade
 from verifier.conformal import Window, p_values
 from verifier.ladder import Ladder
@@ -239,3 +239,18 @@ def test_agreement_tolerates_rounding_and_nothing_else() -> None:
     one_token[0, 3] = 0
     assert not agrees(one_token, tensor)
     assert not agrees(torch.full_like(tensor, torch.nan), tensor)
+
+
+def test_a_number_is_compared_with_the_few_before_it_once_there_are_some() -> None:
+    generator, recent = np.random.default_rng(0), Recent()
+    for count in range(60):
+        assert (recent.deviation(1e9, 0.0) == 0) == (count < recent.near + recent.enough)
+        recent.learn(-0.2 * count + 0.1 * float(generator.standard_normal()))
+    expected = -0.2 * 60
+    assert abs(recent.deviation(expected, 0.0)) < 2, "a steady drift is no deviation"
+    # The median of the six before it is three and a half steps back.
+    assert abs(recent.deviation(expected + 3.5 * 0.2, 0.0)) < 2, "nor is its end"
+    assert recent.deviation(expected + 3.0, 0.0) > 3
+    assert recent.deviation(expected + 3.0, finest=10.0) < 0.5
+    recent.clear()
+    assert recent.deviation(1e9, 0.0) == 0
