@@ -21,7 +21,7 @@ from torch import Tensor
 
 from verifier import features
 from verifier.baseline import Centring, MeanTensor, Recent
-from verifier.senders import Latest, Sums
+from verifier.senders import Apart, Latest, Sums
 from verifier.streams import Direction, Mask, Peer
 
 _Seen: TypeAlias = npt.NDArray[np.float32]
@@ -31,8 +31,9 @@ _FEWEST_PLACES = 4
 _MOST_CHANNELS = 128
 _ROUNDING = 1e-5
 """Of a projection: what may tell equal tokens apart."""
-# While it is young it learns from every tensor, then from every fourth: learning costs as much as looking.
-_YOUNG, _LEARNS_EVERY = 64, 4
+# Learning costs as much as looking. What is usual of measures it learns from every tensor while it is young, means and
+# moments only at the very beginning; then from every fourth.
+_YOUNG, _NEWBORN, _LEARNS_EVERY = 64, 16, 4
 _MOMENTS_KEPT = 0.95
 _FINEST = 0.1
 """Of what a tensor agrees by: less than that is no difference."""
@@ -58,6 +59,7 @@ class Guard:
         self._centring = Centring(len(features.MARGINAL), _FLOORS[direction])
         self._agreement = (Recent(), Recent())
         self._disagreement = Sums(_DISAGREEMENT_ALLOWED, limit)
+        self._apart = Apart()
         self._latest = Latest()
         self._places: torch.Tensor | None = None
         self._channels: npt.NDArray[np.int64] | None = None
@@ -70,8 +72,11 @@ class Guard:
         seen = self._look(tensor)
         values = self._measure(seen)
         is_odd = values is None or self._is_odd(values, sender)
-        if values is not None and not is_odd and (self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0):
-            self._learn(seen, values)
+        is_due = self.checked % _LEARNS_EVERY == 0
+        if values is not None and not is_odd and (is_due or self.checked < _YOUNG):
+            self._learn(values)
+            if is_due or self.checked < _NEWBORN:
+                self._learn_tensor(seen)
         self.checked += 1
         self.flagged += is_odd
         if self._latest.note(sender, is_odd):
@@ -87,7 +92,7 @@ class Guard:
             usual.deviation(value, _FINEST)
             for usual, value in zip(self._agreement, values.agreement, strict=True)
         )
-        if self._disagreement.add(sender, -min(deviations)):
+        if self._disagreement.add(sender, self._apart.beyond(sender, -min(deviations))):
             return True
         if self._scales is None:
             self._scales = self._centring.scales()
@@ -99,16 +104,19 @@ class Guard:
         )
         return math.hypot(*residuals) > self._limit * math.sqrt(len(features.MARGINAL))
 
-    def _learn(self, seen: _Seen, values: _Measures) -> None:
+    def _learn(self, values: _Measures) -> None:
         row = np.array([values.distances])
         self._centring.learn(row, self._centring.residuals(row, 0, None))
         for usual, value in zip(self._agreement, values.agreement, strict=True):
             usual.learn(value)
+        self._scales = None
+
+    def _learn_tensor(self, seen: _Seen) -> None:
         self._mean.update(torch.from_numpy(seen.mean(0)), 1)
         tokens = self._at_channels(seen.reshape(-1, seen.shape[-1]))
         size = max(float(np.vdot(tokens, tokens)), features.TINY)
         self._moments.update(torch.from_numpy(tokens.T @ tokens / size), 1)
-        self._usual = self._scales = None
+        self._usual = None
 
     def _look(self, tensor: Tensor) -> _Seen:
         """(B, P, W) the tokens at our places."""

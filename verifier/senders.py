@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from statistics import median_low
 
 from verifier.streams import Peer
 
 _LATEST = 24
+_MOST_SENDERS = 256
 
 
 class Latest:
@@ -32,8 +34,6 @@ class Sums:
     `allowed` each time. At most twice `limit`, so that a sender that mends is believed again soon. Of the latest 256.
     """
 
-    _most_senders = 256
-
     def __init__(self, allowed: float, limit: float) -> None:
         self._allowed, self._limit = allowed, limit
         self._sums: OrderedDict[Peer, float] = OrderedDict()
@@ -42,7 +42,7 @@ class Sums:
         """Whether the sender is odd by now."""
         total = min(max(0.0, self._sums.pop(sender, 0.0) + deviation - self._allowed), 2 * self._limit)
         self._sums[sender] = total
-        if len(self._sums) > self._most_senders:
+        if len(self._sums) > _MOST_SENDERS:
             self._sums.popitem(last=False)
         return total > self._limit
 
@@ -54,6 +54,24 @@ class Sums:
 
     def clear(self) -> None:
         self._sums.clear()
+
+
+class Apart:
+    """How odd the latest tensor of each sender was. By what those of most others are odd too, nobody is: then it is the
+    stream that changes, as when weights jump that all of them hold."""
+
+    def __init__(self) -> None:
+        self._latest: OrderedDict[Peer, float] = OrderedDict()
+
+    def beyond(self, sender: Peer, deviation: float) -> float:
+        """The sender's deviation, less what the others' have in common."""
+        others = [one for peer, one in self._latest.items() if peer != sender]
+        self._latest[sender] = deviation
+        self._latest.move_to_end(sender)
+        if len(self._latest) > _MOST_SENDERS:
+            self._latest.popitem(last=False)
+        # The lower one of two: of two others one may be an attacker, or one who is banned by now.
+        return deviation - max(0.0, median_low(others)) if others else deviation
 
 
 class Repeats:

@@ -100,6 +100,28 @@ def test_what_channels_have_in_common_tells_noise_of_the_right_size(
         assert sum(passed) >= len(passed) - 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_channels_that_cease_to_have_as_much_in_common_are_held_against_nobody(seed: int) -> None:
+    """As when weights jump: tokens that were all along one direction are no more, whoever sends them."""
+    guard, generator = (
+        Guard(Direction.ACTIVATION, np.random.default_rng(seed)),
+        torch.Generator().manual_seed(seed),
+    )
+    along = torch.randn(WIDTH, generator=generator)
+
+    def tensor(rest: float) -> Tensor:
+        # As loud as it likes, so that sizes say nothing.
+        loudness = torch.exp(torch.randn((), generator=generator))
+        signs = torch.randn(4, 64, 1, generator=generator)
+        return loudness * (signs * along + rest * torch.randn(4, 64, WIDTH, generator=generator))
+
+    for place in range(100):
+        guard.check(tensor(0.1), f"peer{place % 3}")
+    assert guard.flagged == 0
+    passed = [guard.check(tensor(1.0), f"peer{place % 3}") for place in range(100)]
+    assert sum(passed) >= 97, passed
+
+
 def test_what_lies_across_the_mean_is_flagged_though_the_mean_is_small() -> None:
     guard, generator = Guard(Direction.ACTIVATION, np.random.default_rng(0)), torch.Generator().manual_seed(0)
     mean = 0.5 * torch.randn(64, WIDTH, generator=generator)
