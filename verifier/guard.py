@@ -145,7 +145,7 @@ class Guard:
         flips = np.count_nonzero(np.signbit(seen) != usual.negative) / elements
         tokens = seen.reshape(-1, seen.shape[-1])
         own = _project(tokens)
-        if not math.isfinite(squares) or bool(own[0, -1] - own[0, 0] <= _ROUNDING * abs(own[0, 0])):
+        if not math.isfinite(square + squares) or bool(own[0, -1] - own[0, 0] <= _ROUNDING * abs(own[0, 0])):
             return None
         apart = (own - usual.projected).ravel()
         distances = (

@@ -29,6 +29,14 @@ class Latest:
         return True
 
 
+def _note_latest(known: OrderedDict[Peer, float], sender: Peer, value: float) -> None:
+    """The longest unheard is forgotten first."""
+    known[sender] = value
+    known.move_to_end(sender)
+    if len(known) > _MOST_SENDERS:
+        known.popitem(last=False)
+
+
 class Sums:
     """For each sender Page's CUSUM (1954) of how odd its tensors were, in robust standard deviations, less what is
     `allowed` each time. At most twice `limit`, so that a sender that mends is believed again soon. Of the latest 256.
@@ -40,10 +48,8 @@ class Sums:
 
     def add(self, sender: Peer, deviation: float) -> bool:
         """Whether the sender is odd by now."""
-        total = min(max(0.0, self._sums.pop(sender, 0.0) + deviation - self._allowed), 2 * self._limit)
-        self._sums[sender] = total
-        if len(self._sums) > _MOST_SENDERS:
-            self._sums.popitem(last=False)
+        total = min(max(0.0, self._sums.get(sender, 0.0) + deviation - self._allowed), 2 * self._limit)
+        _note_latest(self._sums, sender, total)
         return total > self._limit
 
     def is_odd(self, sender: Peer) -> bool:
@@ -66,10 +72,7 @@ class Apart:
     def beyond(self, sender: Peer, deviation: float) -> float:
         """The sender's deviation, less what the others' have in common."""
         others = [one for peer, one in self._latest.items() if peer != sender]
-        self._latest[sender] = deviation
-        self._latest.move_to_end(sender)
-        if len(self._latest) > _MOST_SENDERS:
-            self._latest.popitem(last=False)
+        _note_latest(self._latest, sender, deviation)
         # The lower one of two: of two others one may be an attacker, or one who is banned by now.
         return deviation - max(0.0, median_low(others)) if others else deviation
 
