@@ -24,7 +24,7 @@ from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
 from protocol.links import Answer, Link, Switchboard
 from protocol.messages import MAX_CHUNK
-from protocol.receipts import Direction
+from protocol.receipts import Direction, SignedReceipt
 from protocol.requests import Nothing
 from protocol.samples import (
     ALARM_EVERY,
@@ -42,6 +42,7 @@ from protocol.samples import (
     SampleList,
     SampleShow,
     Shown,
+    Wanted,
 )
 
 SHOWN_SHARE, SHOWN_BURST = 0.1, 64 << 20
@@ -115,30 +116,45 @@ class Witness:
         return wire.encode(Listed(serial, tuple(_passage(flight) for flight in told))), _EMPTY
 
     async def _show(self, link: Link, body: bytes, payload: memoryview) -> Answer:
-        """The checks, in order: verifier, form, held (expired), sequence (wrong_shape), share (busy)."""
+        """The checks, in order: verifier, form; then of each that is wanted: held (expired), sequence (wrong_shape),
+        share (busy)."""
         self._check_verifier(link)
         question = wire.decode(SampleShow, body)
-        pipeline = self._pipeline
-        places = (pipeline.finished, pipeline.dropped, pipeline.flights)
-        flight = next((one for place in places if (one := place.get(question.microbatch))), None)
-        held = _held(flight, question.direction)
-        if held is None or held.receipt is None:
-            raise ProtocolError(Reason.EXPIRED, f"{question.microbatch}")
-        if question.sequence >= self._passes.header.shape[0]:
-            raise ProtocolError(Reason.WRONG_SHAPE, f"sequence {question.sequence}")
-        passed = pipeline.counts["microbatches"] * self._passes.payload_size
-        if self._shown_bytes[link.peer] > SHOWN_BURST + SHOWN_SHARE * passed:
-            raise ProtocolError(Reason.BUSY, "shown enough")
-        exhibit = self._exhibit(held, question.sequence)
-        part = exhibit[question.offset : question.offset + MAX_CHUNK]
-        self._shown_bytes[link.peer] += len(part)
-        return wire.encode(Shown(held.receipt, len(exhibit))), part
+        answers: list[SignedReceipt | Reason] = []
+        parts: list[memoryview] = []
+        room, offset = MAX_CHUNK, question.offset
+        for wanted in question.wanted:
+            try:
+                receipt, exhibit = self._exhibit(link.peer, wanted)
+            except ProtocolError as error:
+                self._switchboard.refusals.count(link.peer, error)
+                answers.append(error.reason)
+                continue
+            exhibit, offset = exhibit[offset:], 0
+            if answers and len(exhibit) > room:
+                break
+            answers.append(receipt)
+            parts.append(exhibit[:room])
+            room -= len(parts[-1])
+            self._shown_bytes[link.peer] += len(parts[-1])
+        return wire.encode(Shown(tuple(answers))), memoryview(b"".join(parts))
 
-    def _exhibit(self, held: Held, sequence: int) -> memoryview:
-        header = self._passes.header
+    def _exhibit(self, verifier: PeerId, wanted: Wanted) -> tuple[SignedReceipt, memoryview]:
+        pipeline, header = self._pipeline, self._passes.header
+        places = (pipeline.finished, pipeline.dropped, pipeline.flights)
+        flight = next((one for place in places if (one := place.get(wanted.microbatch))), None)
+        held = _held(flight, wanted.direction)
+        if held is None or held.receipt is None:
+            raise ProtocolError(Reason.EXPIRED, f"{wanted.microbatch}")
+        if wanted.sequence >= header.shape[0]:
+            raise ProtocolError(Reason.WRONG_SHAPE, f"sequence {wanted.sequence}")
+        passed = pipeline.counts["microbatches"] * self._passes.payload_size
+        if self._shown_bytes[verifier] > SHOWN_BURST + SHOWN_SHARE * passed:
+            raise ProtocolError(Reason.BUSY, "shown enough")
         tensor, *labels = split_payload(header, held.payload)
         size = len(tensor) // header.shape[0]
-        return memoryview(b"".join((*held.leaves, tensor[sequence * size : (sequence + 1) * size], *labels)))
+        own = tensor[wanted.sequence * size : (wanted.sequence + 1) * size]
+        return held.receipt, memoryview(b"".join((*held.leaves, own, *labels)))
 
     # --- doing work again ---
 

@@ -7,7 +7,6 @@ out for a while who breaks the protocol. What tensors mean is its owner's busine
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
 import socket
 from collections import OrderedDict
@@ -44,7 +43,8 @@ from protocol.votes import Verdict
 log = structlog.get_logger("links")
 
 HEARTBEAT = 1.0
-_TIMED_EVERY = 5
+_TIMES = 3
+"""Heartbeats after which a stream's round trip is known."""
 DEAD_AFTER = 6.0
 """Seconds without a byte after which a stream's other end counts as dead or hung."""
 DIAL_TIMEOUT = 8.0
@@ -116,8 +116,9 @@ class Link:
 
     @property
     def round_trip(self) -> float | None:
-        """Seconds, of the last heartbeat answered on any stream."""
-        known = [stream.round_trip for stream in self.streams if stream.round_trip is not None]
+        """Seconds, the least of all streams' heartbeats; None until one of them is sure of it."""
+        sure = (stream.round_trip for stream in self.streams if stream.timed >= _TIMES)
+        known = [seconds for seconds in sure if seconds is not None]
         return min(known) if known else None
 
     @property
@@ -480,12 +481,11 @@ class Switchboard:
         """Heartbeats: ping quiet streams, abort the silent ones, and open more where the round trip is long.
 
         Who dialled pings, and both hear each other by it; the other side does so only where it hears nothing. A busy
-        stream needs a ping only to tell its round trip.
+        stream needs pings only at first, to tell its round trip.
         """
         last = monotonic()
-        for beat in itertools.count():
+        while True:
             await asyncio.sleep(HEARTBEAT)
-            is_timed = beat % _TIMED_EVERY == 0
             now = monotonic()
             # Where we ourselves were stopped, silence says nothing about the others.
             stopped, last = now - last > DEAD_AFTER / 2, now
@@ -496,7 +496,7 @@ class Switchboard:
                     elif now - stream.last_heard > DEAD_AFTER:
                         self.refusals.count(link.peer, ProtocolError(Reason.TIMED_OUT, "no heartbeat"))
                         stream.abort()
-                    elif stream.greeted and _is_ping_due(link, now - stream.last_heard, is_timed):
+                    elif stream.greeted and _is_ping_due(link, stream, now):
                         stream.ping()
                 if link.dialled and (link.round_trip or 0.0) > LONG_ROUND_TRIP:
                     self._tasks.spawn(self._widen(link))
@@ -510,7 +510,8 @@ class Switchboard:
                 return
 
 
-def _is_ping_due(link: Link, silent: float, is_timed: bool) -> bool:
+def _is_ping_due(link: Link, stream: Stream, now: float) -> bool:
+    silent = now - stream.last_heard
     if link.dialled:
-        return is_timed or silent > 3 * HEARTBEAT
+        return stream.timed < _TIMES or silent > 3 * HEARTBEAT
     return silent > 4 * HEARTBEAT

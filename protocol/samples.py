@@ -10,6 +10,7 @@ from typing import Annotated, Final
 import msgspec
 
 from protocol import wire
+from protocol.errors import Reason
 from protocol.receipts import Direction, MicrobatchId, SignedReceipt
 from protocol.wire import Count, Natural, PeerName
 
@@ -22,6 +23,7 @@ REDO_REST: Final = "redo.rest"
 ALARM_EVERY: Final = 1.0
 """Seconds between two alarms of one node; what comes twice as often is not heard."""
 MAX_LISTED: Final = 256
+MAX_WANTED: Final = 32
 STATE_BYTES: Final = 8
 StateMark = Annotated[bytes, msgspec.Meta(max_length=STATE_BYTES)]
 """The first bytes of a state's digest: which weights some work was done with. Empty: with none."""
@@ -56,23 +58,30 @@ class Listed(wire.Message, frozen=True):
     passages: Annotated[tuple[Passage, ...], msgspec.Meta(max_length=MAX_LISTED)]
 
 
-class SampleShow(wire.Message, frozen=True):
-    """Asks for one sequence of a tensor that came to the node, and for the receipt that came with it."""
+class Wanted(wire.Message, frozen=True):
+    """One sequence of a tensor that came to the node, and the receipt that came with it."""
 
     microbatch: MicrobatchId
     direction: Direction
     sequence: Count
+
+
+class SampleShow(wire.Message, frozen=True):
+    """Asks for all that a verifier wants to see of one node at a time; of the first from `offset` on."""
+
+    wanted: Annotated[tuple[Wanted, ...], msgspec.Meta(min_length=1, max_length=MAX_WANTED)]
     offset: Natural
 
 
 class Shown(wire.Message, frozen=True):
-    """The answer. Its payload is the part from `offset` of: the tensor's leaves, the sequence, the labels if any.
+    """The answer, to as many of the wanted as fit into one message, in order, and at least to the first: its receipt,
+    or why it is not shown.
 
-    `size`: bytes of the whole of that.
+    The payload is their exhibits one after the other, of which only the last may be cut off. An exhibit is the tensor's
+    leaves, the sequence, and of an activation all labels.
     """
 
-    receipt: SignedReceipt
-    size: Natural
+    answers: Annotated[tuple[SignedReceipt | Reason, ...], msgspec.Meta(min_length=1, max_length=MAX_WANTED)]
 
 
 class Redo(wire.Message, frozen=True):

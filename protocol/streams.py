@@ -59,6 +59,9 @@ class Stream(asyncio.BufferedProtocol):
         self.greeted = False
         self.last_heard = monotonic()
         self.round_trip: float | None = None
+        """Seconds, the least of all heartbeats answered: what took longer waited for a busy end, not for the wire."""
+        self.timed = 0
+        """Heartbeats answered."""
         self.received_bytes = 0
         self.sent_bytes = 0
 
@@ -121,7 +124,9 @@ class Stream(asyncio.BufferedProtocol):
             if self.backlog < _MAX_BACKLOG_FOR_PONG:
                 self.send(Pong(message.token))
         elif isinstance(message, Pong):
-            self.round_trip = max(0.0, monotonic() - message.token / 1e6)
+            took = max(0.0, monotonic() - message.token / 1e6)
+            self.round_trip = took if self.round_trip is None else min(took, self.round_trip)
+            self.timed += 1
         else:
             self._on_frame(self, message, payload)
 

@@ -54,10 +54,11 @@ class Question:
         return self.stage - 1 if self.direction is Direction.ACTIVATION else self.stage + 1
 
 
-def largest_exhibit(header: TensorHeader) -> int:
-    """Bytes that an exhibit may have: leaves, one sequence, all labels."""
+def exhibit_size(direction: Direction, header: TensorHeader) -> int:
+    """Bytes of an exhibit: leaves, one sequence, and of an activation all labels."""
     sequences, context, _ = header.shape
-    return _LEAF * (sequences + 1) + header.size // sequences + 4 * sequences * context
+    size = _LEAF * sequences + header.size // sequences
+    return size + (_LEAF + 4 * sequences * context if direction is Direction.ACTIVATION else 0)
 
 
 def read_exhibit(question: Question, signed: SignedReceipt, shown: Buffer, header: TensorHeader) -> Exhibit:
@@ -68,16 +69,15 @@ def read_exhibit(question: Question, signed: SignedReceipt, shown: Buffer, heade
     """
     _check_receipt(question, signed)
     sequences, context, _ = header.shape
-    size = header.size // sequences
-    labels_size = 4 * sequences * context if question.direction is Direction.ACTIVATION else 0
-    leaves_size = _LEAF * (sequences + bool(labels_size))
-    if len(shown) != leaves_size + size + labels_size:
+    if len(shown) != exhibit_size(question.direction, header):
         raise ProtocolError(Reason.MALFORMED, f"an exhibit of {len(shown)} bytes")
+    size, has_labels = header.size // sequences, question.direction is Direction.ACTIVATION
+    leaves_size = _LEAF * (sequences + has_labels)
     leaves, rest = shown[:leaves_size], shown[leaves_size:]
     sequence, labels = rest[:size], rest[size:]
     at = _LEAF * question.sequence
     is_whole = digest(leaves) == signed.receipt.output and digest(sequence) == leaves[at : at + _LEAF]
-    if not is_whole or (labels_size and digest(labels) != leaves[-_LEAF:]):
+    if not is_whole or (has_labels and digest(labels) != leaves[-_LEAF:]):
         raise ProtocolError(Reason.WRONG_DIGEST, "an exhibit that its receipt does not name")
     row = TensorHeader(header.codec, (1, *header.shape[1:]))
     own = labels[4 * context * question.sequence : 4 * context * (question.sequence + 1)]

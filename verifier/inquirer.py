@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -16,6 +17,7 @@ from protocol.messages import MAX_CHUNK
 from protocol.receipts import Direction
 from protocol.samples import (
     MAX_LISTED,
+    MAX_WANTED,
     REDO,
     REDO_REST,
     SAMPLE_LIST,
@@ -27,8 +29,9 @@ from protocol.samples import (
     SampleList,
     SampleShow,
     Shown,
+    Wanted,
 )
-from verifier.exhibits import Exhibit, Question, Work, largest_exhibit, read_exhibit
+from verifier.exhibits import Exhibit, Question, Work, exhibit_size, read_exhibit
 from verifier.tribunal import Answer
 
 # Longer than a link without a heartbeat lives: who hangs loses its link, and who stalls is timed out.
@@ -45,7 +48,6 @@ class Inquirer:
         batch = manifest.batch
         self.header = TensorHeader(manifest.wire, (batch.sequences, batch.context, manifest.model.width))
         self._row = TensorHeader(manifest.wire, (1, batch.context, manifest.model.width))
-        self._limit = largest_exhibit(self.header)
         self._last = manifest.stages.count - 1
         self._numbers = itertools.count(1)
 
@@ -60,22 +62,47 @@ class Inquirer:
         """Whether there may be more to list."""
         return len(listed.passages) >= MAX_LISTED
 
-    async def show(self, question: Question) -> Exhibit:
-        link = self._link(question.holder)
-        parts: list[memoryview] = []
-        received, size, receipt = 0, 1, None
-        while received < size:
-            ask = SampleShow(question.microbatch, question.direction, question.sequence, received)
-            body, part = await link.request(SAMPLE_SHOW, ask, timeout=ANSWER_WITHIN)
-            shown = wire.decode(Shown, body)
-            size, receipt = shown.size, shown.receipt
-            received += len(part)
-            if not len(part) or size > self._limit or received > size:
-                raise ProtocolError(Reason.MALFORMED, f"{received} of {size} bytes shown")
-            parts.append(part)
-        assert receipt is not None
-        whole = parts[0] if len(parts) == 1 else memoryview(bytearray(b"".join(parts)))
-        return read_exhibit(question, receipt, whole, self.header)
+    async def show(self, holder: PeerId, questions: Sequence[Question]) -> list[Exhibit | ProtocolError]:
+        """What one node shows, or what comes of asking it, in the order of the questions: all of them are put to it at
+        once, and again what did not fit into its answer."""
+        answers: list[Exhibit | ProtocolError] = []
+        begun = memoryview(b"")
+        try:
+            link = self._link(holder)
+            while left := questions[len(answers) :][:MAX_WANTED]:
+                wanted = tuple(Wanted(one.microbatch, one.direction, one.sequence) for one in left)
+                ask = SampleShow(wanted, len(begun))
+                body, payload = await link.request(SAMPLE_SHOW, ask, timeout=ANSWER_WITHIN)
+                if len(begun):
+                    payload = memoryview(bytearray(begun) + payload)
+                read, rest = self._read(left, wire.decode(Shown, body), payload)
+                if not read and len(rest) <= len(begun):
+                    raise ProtocolError(Reason.MALFORMED, "an empty part")
+                answers, begun = answers + read, rest
+        except ProtocolError as error:
+            answers += [error] * (len(questions) - len(answers))
+        return answers
+
+    def _read(
+        self, questions: Sequence[Question], shown: Shown, payload: memoryview
+    ) -> tuple[list[Exhibit | ProtocolError], memoryview]:
+        """The answers that are whole, and what has come of the next."""
+        answers: list[Exhibit | ProtocolError] = []
+        for question, answer in zip(questions, shown.answers, strict=False):
+            if isinstance(answer, Reason):
+                answers.append(ProtocolError(answer, f"shown by {question.holder}"))
+                continue
+            size = exhibit_size(question.direction, self.header)
+            if len(payload) < size:
+                return answers, payload
+            try:
+                answers.append(read_exhibit(question, answer, payload[:size], self.header))
+            except ProtocolError as error:
+                answers.append(error)
+            payload = payload[size:]
+        if len(payload):
+            raise ProtocolError(Reason.MALFORMED, f"{len(payload)} bytes that belong to nothing shown")
+        return answers, payload
 
     async def redo(self, witness: PeerId, work: Work) -> Answer:
         """What `witness` makes of the same input with the weights of the same version."""

@@ -177,7 +177,9 @@ class Judge:
     # --- judging ---
 
     async def _examine(self, panel: Sequence[Journey], accused: Collection[PeerId]) -> set[PeerId]:
-        found = await asyncio.gather(*(self._look_at(journey) for journey in panel))
+        questions = [(journey, self._questions(journey)) for journey in panel]
+        answers = await self._ask([one for _, some in questions for one in some])
+        found = [self._look_at(journey, some, answers) for journey, some in questions]
         works = [work for some in found for work in some if not self._is_banned(work.peer)]
         suspects = {*accused, *(peer for journey in panel for peer in journey.blamed(self._stages))}
         flagged = {journey.microbatch for journey in panel if journey.flagged}
@@ -194,31 +196,48 @@ class Judge:
             self.news.set()
         return {work.peer for work in works}
 
-    async def _look_at(self, journey: Journey) -> list[Work]:
-        """What the nodes on a microbatch's way show of it, as far as it hangs together."""
+    def _questions(self, journey: Journey) -> list[Question]:
+        """What the nodes on a microbatch's way were sent of it, of the same sequence all."""
         sequence = self._generator.randrange(self._sequences)
-        questions = [
+        return [
             Question(self._run, peer, stage, journey.microbatch, direction, sequence)
             for stage, peer in journey.path.items()
             for direction in Direction
             if (stage > 0 if direction is Direction.ACTIVATION else stage < self._stages - 1)
             and not self._is_banned(peer)
         ]
-        answers = await asyncio.gather(
-            *(self._inquirer.show(one) for one in questions), return_exceptions=True
-        )
+
+    async def _ask(self, questions: Sequence[Question]) -> dict[Question, Exhibit | ProtocolError]:
+        """All that one node is asked it is asked at once: to be woken costs it more than to answer."""
+        asked: dict[PeerId, list[Question]] = {}
+        for question in questions:
+            asked.setdefault(question.holder, []).append(question)
+        answers = await asyncio.gather(*(self._inquirer.show(*one) for one in asked.items()))
+        return {
+            question: answer
+            for some, shown in zip(asked.values(), answers, strict=True)
+            for question, answer in zip(some, shown, strict=True)
+        }
+
+    def _look_at(
+        self,
+        journey: Journey,
+        questions: Sequence[Question],
+        answers: Mapping[Question, Exhibit | ProtocolError],
+    ) -> list[Work]:
+        """What the nodes on a microbatch's way show of it, as far as it hangs together."""
+        if not questions:
+            return []  # All of them are banned.
         shown: dict[_Place, Exhibit] = {}
         failures: dict[_Place, tuple[PeerId, ProtocolError]] = {}
-        for question, answer in zip(questions, answers, strict=True):
-            key = question.stage, question.direction
+        for question in questions:
+            key, answer = (question.stage, question.direction), answers[question]
             if isinstance(answer, Exhibit):
                 shown[key] = answer
-            elif isinstance(answer, ProtocolError):
+            else:
                 failures[key] = question.holder, answer
-            elif isinstance(answer, BaseException):
-                raise answer
         self._hold_to_account(shown, failures)
-        works, exposures = works_of(shown, self._stages, sequence, journey.states)
+        works, exposures = works_of(shown, self._stages, questions[0].sequence, journey.states)
         for exposure in exposures:
             log.info("exposed", peer=exposure.peer, stage=exposure.stage, problem=exposure.problem)
             self.bench.conduct.fail(exposure.peer, exposure.problem, Cause.RECEIPTS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import pytest
@@ -12,15 +12,17 @@ import torch
 
 from node import witness
 from node.witness import Witness
+from protocol import wire
 from protocol.codec import TensorHeader, decode_tensor, digest
 from protocol.errors import ProtocolError, Reason
 from protocol.introduction import Deaf
 from protocol.links import Answer, Link, Switchboard
 from protocol.messages import Credit, Gradient
 from protocol.receipts import Direction, MicrobatchId
-from protocol.samples import SAMPLE_ALARM, Passage
+from protocol.samples import SAMPLE_ALARM, SAMPLE_SHOW, Passage, Shown
 from tests.node.neighbours import CPU, Neighbour, Place, Victim, round_trip, until
 from tests.swarms import small_manifest
+from verifier import inquirer
 from verifier.audit import agrees
 from verifier.exhibits import Exhibit, Question, Work
 from verifier.inquirer import Inquirer
@@ -44,6 +46,13 @@ class Court:
 
     def question(self, microbatch: MicrobatchId, direction: Direction, sequence: int = 0) -> Question:
         return Question(self.victim.run, self.victim.peer, 1, microbatch, direction, sequence)
+
+    async def show(self, question: Question, inquirer: Inquirer | None = None) -> Exhibit:
+        """Raises why it is not shown."""
+        (answer,) = await (inquirer or self.inquirer).show(question.holder, [question])
+        if isinstance(answer, ProtocolError):
+            raise answer
+        return answer
 
     async def passed(self, slot: int) -> MicrobatchId:
         await round_trip(self.head, self.tail, slot)
@@ -102,13 +111,69 @@ async def test_what_is_flagged_raises_an_alarm_and_is_listed_by_then(court: Cour
 @pytest.mark.parametrize("direction", Direction)
 async def test_it_shows_what_it_was_sent_with_the_senders_receipt(court: Court, direction: Direction) -> None:
     microbatch = await court.passed(1)
-    exhibit = await court.inquirer.show(court.question(microbatch, direction, 1))
+    exhibit = await court.show(court.question(microbatch, direction, 1))
     sender = court.head if direction is ACTIVATION else court.tail
     assert exhibit.receipt.sender == sender.place.identity.peer_id
     assert torch.equal(
         exhibit.tensor, torch.full_like(exhibit.tensor, 0.5 if direction is ACTIVATION else 1e-3)
     )
     assert len(exhibit.labels) == (4 * MANIFEST.batch.context if direction is ACTIVATION else 0)
+
+
+@pytest.mark.parametrize("chunk", [100, 2000, 1 << 22])
+async def test_all_is_shown_at_once_in_as_many_parts_as_it_takes(
+    court: Court, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(witness, "MAX_CHUNK", chunk)
+    monkeypatch.setattr(inquirer, "MAX_WANTED", 3)
+    held, other = await court.passed(1), await court.passed(2)
+    unknown = MicrobatchId(held.head, 99)
+    questions = [
+        court.question(one, direction, sequence)
+        for one in (unknown, held, other, unknown)
+        for direction, sequence in ((ACTIVATION, 1), (GRADIENT, 0), (GRADIENT, 99))
+    ]
+    answers = await court.inquirer.show(court.victim.peer, questions)
+    for question, answer in zip(questions, answers, strict=True):
+        if question.microbatch == unknown:
+            assert isinstance(answer, ProtocolError) and answer.reason is Reason.EXPIRED
+        elif question.sequence == 99:
+            assert isinstance(answer, ProtocolError) and answer.reason is Reason.WRONG_SHAPE
+        else:
+            assert isinstance(answer, Exhibit) and answer.receipt.microbatch == question.microbatch
+            assert answer.receipt.direction is question.direction
+
+
+def _of_another(shown: Shown, payload: bytes) -> tuple[Shown, bytes]:
+    return Shown(shown.answers[::-1]), payload
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        pytest.param(lambda shown, payload: (shown, b""), Reason.MALFORMED, id="nothing"),
+        pytest.param(
+            lambda shown, payload: (shown, payload + b"!"), Reason.MALFORMED, id="more than it should"
+        ),
+        pytest.param(lambda shown, payload: (shown, payload[::-1]), Reason.WRONG_DIGEST, id="something else"),
+        pytest.param(_of_another, Reason.UNSOLICITED, id="the receipt of another tensor"),
+    ],
+)
+async def test_what_is_wrong_with_what_is_shown_is_found(
+    court: Court, lie: Callable[[Shown, bytes], tuple[Shown, bytes]], reason: Reason
+) -> None:
+    microbatch = await court.passed(1)
+    honest = court.victim.switchboard.methods[SAMPLE_SHOW]
+
+    async def dishonest(link: Link, body: bytes, payload: memoryview) -> Answer:
+        body, payload = await honest(link, body, payload)
+        shown, changed = lie(wire.decode(Shown, body), bytes(payload))
+        return wire.encode(shown), memoryview(changed)
+
+    court.victim.switchboard.methods[SAMPLE_SHOW] = dishonest
+    questions = [court.question(microbatch, direction) for direction in Direction]
+    answers = await court.inquirer.show(court.victim.peer, questions)
+    assert [one.reason for one in answers if isinstance(one, ProtocolError)] == [reason, reason]
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -121,8 +186,8 @@ async def test_work_done_again_is_the_work_that_was_done(court: Court, direction
     tail.answer(microbatch)
     message, payload = await head.expect(Gradient)
     shown = {
-        (1, ACTIVATION): await court.inquirer.show(court.question(microbatch, ACTIVATION)),
-        (1, GRADIENT): await court.inquirer.show(court.question(microbatch, GRADIENT)),
+        (1, ACTIVATION): await court.show(court.question(microbatch, ACTIVATION)),
+        (1, GRADIENT): await court.show(court.question(microbatch, GRADIENT)),
     }
     header = court.victim.passes.header
     row = TensorHeader(header.codec, (1, *header.shape[1:]))
@@ -145,7 +210,7 @@ async def test_work_done_again_is_the_work_that_was_done(court: Court, direction
 
 async def test_weights_that_are_not_kept_are_said_not_to_be(court: Court) -> None:
     microbatch = await court.passed(1)
-    exhibit = await court.inquirer.show(court.question(microbatch, ACTIVATION))
+    exhibit = await court.show(court.question(microbatch, ACTIVATION))
     trainer = court.victim.passes.trainer
     for _ in range(3):
         trainer.step(torch.ones(trainer.size))
@@ -159,7 +224,7 @@ async def test_only_verifiers_are_answered(court: Court) -> None:
     microbatch = await court.passed(1)
     outsider = Inquirer(court.tail.switchboard, MANIFEST)
     with pytest.raises(ProtocolError) as caught:
-        await outsider.show(court.question(microbatch, ACTIVATION))
+        await court.show(court.question(microbatch, ACTIVATION), outsider)
     assert caught.value.reason is Reason.WRONG_PEER
     with pytest.raises(ProtocolError) as caught:
         await outsider.list_passages(court.tail.link, 0)
@@ -172,14 +237,14 @@ async def test_a_verifier_gets_no_more_than_its_share(court: Court, monkeypatch:
     monkeypatch.setattr(witness, "SHOWN_SHARE", 0.1)
     with pytest.raises(ProtocolError) as caught:
         for _ in range(10):
-            await court.inquirer.show(court.question(microbatch, ACTIVATION))
+            await court.show(court.question(microbatch, ACTIVATION))
     assert caught.value.reason is Reason.BUSY
 
 
 async def test_what_is_not_held_is_said_not_to_be(court: Court) -> None:
     microbatch = await court.passed(1)
     with pytest.raises(ProtocolError) as caught:
-        await court.inquirer.show(court.question(MicrobatchId(microbatch.head, 99), ACTIVATION))
+        await court.show(court.question(MicrobatchId(microbatch.head, 99), ACTIVATION))
     assert caught.value.reason is Reason.EXPIRED
 
 
@@ -191,6 +256,6 @@ async def test_what_was_given_up_is_kept_as_evidence(court: Court) -> None:
     await until(lambda: court.victim.pipeline.dropped.get(microbatch) is not None)
     listed = await court.inquirer.list_passages(court.verifier.links[court.victim.peer], 0)
     assert [(one.microbatch, one.flagged) for one in listed.passages] == [(microbatch, ACTIVATION)]
-    exhibit = await court.inquirer.show(court.question(microbatch, ACTIVATION))
+    exhibit = await court.show(court.question(microbatch, ACTIVATION))
     assert bool(torch.isnan(exhibit.tensor).all())
     assert digest(exhibit.sequence) != exhibit.receipt.output

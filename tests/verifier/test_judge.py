@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import cast
@@ -35,10 +36,10 @@ class Nodes:
     def peers(self) -> list[PeerId]:
         return [one.peer_id for one in self.people]
 
-    async def show(self, question: Question) -> Exhibit:
-        if question.holder == self.refuser:
-            raise ProtocolError(self.reason)
-        return self.trips[question.microbatch].show(question.stage, question.direction, question.sequence)
+    async def show(self, holder: PeerId, questions: Sequence[Question]) -> list[Exhibit | ProtocolError]:
+        if holder == self.refuser:
+            return [ProtocolError(self.reason) for _ in questions]
+        return [self.trips[one.microbatch].show(one.stage, one.direction, one.sequence) for one in questions]
 
     def work(self, judge: Judge, slots: range) -> None:
         """Microbatches pass, and every node says so."""
