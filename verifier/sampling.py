@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from protocol.identity import PeerId
@@ -23,7 +23,8 @@ SPEAK_WITHIN = 5.0
 FRESH = 12.0
 """Seconds after a microbatch was first heard of during which it may be drawn: its tensors are held a little longer."""
 _HALF = 1.0
-"""Seconds in which a microbatch's weight in the draw halves: any may be drawn, and an attack is best seen soon."""
+"""Seconds in which a microbatch's weight in the draw halves, from its end on: any may be drawn, and an attack is best
+seen soon."""
 _REPLICA = 4.0
 """Seconds that a microbatch may be older for each replica more that it brings in: they are compared with each other."""
 
@@ -39,6 +40,9 @@ class Journey:
 
     microbatch: MicrobatchId
     heard: float
+    """When anybody first told us."""
+    ended: float
+    """When it seems to have ended where it ended last."""
     path: dict[StageIndex, PeerId] = field(default_factory=dict)
     flagged: dict[tuple[StageIndex, Direction], PeerId] = field(default_factory=dict)
     """By the stage of the receiver who flagged it: the sender of what was flagged."""
@@ -70,14 +74,24 @@ class Traffic:
         self.finished = 0
         """Microbatches that a head has had back."""
 
-    def note(self, holder: PeerId, stage: StageIndex, passage: Passage, now: float) -> None:
-        """Take in what `holder` says of one microbatch. It speaks for itself, and only names its neighbours."""
+    def take(
+        self, holder: PeerId, stage: StageIndex, passages: Sequence[Passage], since: float, now: float
+    ) -> None:
+        """Take in all that `holder` tells of the time between `since` and `now`, oldest first: spread evenly over it,
+        as nobody's clock is asked."""
+        since = max(since, now - FRESH)
+        for number, passage in enumerate(passages, 1):
+            self._note(holder, stage, passage, now, since + (now - since) * number / len(passages))
+
+    def _note(self, holder: PeerId, stage: StageIndex, passage: Passage, now: float, ended: float) -> None:
+        """A holder speaks for itself, and only names its neighbours."""
         journey = self._journeys.get(passage.microbatch)
         if journey is None:
-            journey = self._journeys[passage.microbatch] = Journey(passage.microbatch, now)
+            journey = self._journeys[passage.microbatch] = Journey(passage.microbatch, now, ended)
             if len(self._journeys) > MAX_KNOWN:
                 oldest, _ = self._journeys.popitem(last=False)
                 self._alarms.pop(oldest, None)
+        journey.ended = max(journey.ended, ended)
         journey.path[stage] = holder
         journey.states.setdefault(holder, passage.state)
         if passage.previous is not None and stage > 0:
@@ -130,7 +144,7 @@ class Traffic:
             one, peers = candidate
             replicas = len(peers - covered) + sum(due.get(peer, 0.0) for peer in peers)
             # A weighted draw without replacement (Efraimidis and Spirakis, 2006).
-            return generator.expovariate(2 ** ((_REPLICA * replicas - (now - one.heard)) / _HALF))
+            return generator.expovariate(2 ** ((_REPLICA * replicas - (now - one.ended)) / _HALF))
 
         while len(panel) < most and (pool := [it for it in pool if it[1] - covered or it[1] & due.keys()]):
             best, peers = chosen = min(pool, key=lot)

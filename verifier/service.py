@@ -34,7 +34,7 @@ from verifier.streams import StageIndex
 
 log = structlog.get_logger("verifier")
 
-LISTEN_EVERY, LISTEN_CLOSELY = 3.0, 0.5
+LISTEN_EVERY, LISTEN_CLOSELY = 4.0, 0.5
 """Seconds between two questions to every node; closely, as long as somebody is accused."""
 MEET_EVERY, MEET_SOON = 60.0, 2.0
 """Seconds between two looks into the directory; soon, as long as there are nodes that we should know and do not."""
@@ -56,13 +56,14 @@ class VerifierConfig:
 
 @dataclass
 class _Node:
-    """A node that we know of, since when, how far we have listened, and since when it is out of reach."""
+    """A node that we know of, since when, how far we have listened and when, and since when it is out of reach."""
 
     stage: StageIndex
     met: float
     addresses: Sequence[str] = ()
     throughput: float = 0.0
     cursor: int = 0
+    heard_at: float = 0.0
     alarm_at: float = -ALARM_EVERY
     lost_at: float | None = None
 
@@ -224,9 +225,9 @@ class Verifier:
         except ProtocolError as error:
             self.judge.hold_against(peer, "does not say what passed through it", error)
             return
-        node.cursor = listed.serial
-        for passage in listed.passages:
-            self.judge.traffic.note(peer, link.stage, passage, monotonic())
+        now = monotonic()
+        self.judge.traffic.take(peer, link.stage, listed.passages, node.heard_at, now)
+        node.cursor, node.heard_at = listed.serial, now
         named = {
             PeerId(one) for passage in listed.passages for one in (passage.previous, passage.next) if one
         }

@@ -49,9 +49,8 @@ class Nodes:
             for stage, peer in enumerate(self.peers):
                 before = self.peers[stage - 1] if stage else None
                 after = self.peers[stage + 1] if stage + 1 < STAGES else None
-                judge.traffic.note(
-                    peer, stage, Passage(trip.microbatch, before, after, 3, None, b"weights!"), monotonic()
-                )
+                now, passage = monotonic(), Passage(trip.microbatch, before, after, 3, None, b"weights!")
+                judge.traffic.take(peer, stage, [passage], now, now)
         judge.earn(1000)
 
 
