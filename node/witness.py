@@ -124,13 +124,14 @@ class Witness:
         parts: list[memoryview] = []
         room, offset = MAX_CHUNK, question.offset
         for wanted in question.wanted:
+            skipped, offset = offset, 0
             try:
                 receipt, exhibit = self._exhibit(link.peer, wanted)
             except ProtocolError as error:
                 self._switchboard.refusals.count(link.peer, error)
                 answers.append(error.reason)
                 continue
-            exhibit, offset = exhibit[offset:], 0
+            exhibit = exhibit[skipped:]
             if answers and len(exhibit) > room:
                 break
             answers.append(receipt)

@@ -117,9 +117,7 @@ class Link:
     @property
     def round_trip(self) -> float | None:
         """Seconds, the least of all streams' heartbeats; None until one of them is sure of it."""
-        sure = (stream.round_trip for stream in self.streams if stream.timed >= _TIMES)
-        known = [seconds for seconds in sure if seconds is not None]
-        return min(known) if known else None
+        return min((stream.round_trip for stream in self.streams if stream.timed >= _TIMES), default=None)
 
     @property
     def backlog(self) -> int:

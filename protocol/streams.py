@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Callable
 from time import monotonic
@@ -58,7 +59,7 @@ class Stream(asyncio.BufferedProtocol):
         self._part, self._filled = self._header, 0
         self.greeted = False
         self.last_heard = monotonic()
-        self.round_trip: float | None = None
+        self.round_trip = math.inf
         """Seconds, the least of all heartbeats answered: what took longer waited for a busy end, not for the wire."""
         self.timed = 0
         """Heartbeats answered."""
@@ -124,8 +125,7 @@ class Stream(asyncio.BufferedProtocol):
             if self.backlog < _MAX_BACKLOG_FOR_PONG:
                 self.send(Pong(message.token))
         elif isinstance(message, Pong):
-            took = max(0.0, monotonic() - message.token / 1e6)
-            self.round_trip = took if self.round_trip is None else min(took, self.round_trip)
+            self.round_trip = min(self.round_trip, max(0.0, monotonic() - message.token / 1e6))
             self.timed += 1
         else:
             self._on_frame(self, message, payload)

@@ -73,9 +73,10 @@ class Inquirer:
                 wanted = tuple(Wanted(one.microbatch, one.direction, one.sequence) for one in left)
                 ask = SampleShow(wanted, len(begun))
                 body, payload = await link.request(SAMPLE_SHOW, ask, timeout=ANSWER_WITHIN)
-                if len(begun):
+                shown = wire.decode(Shown, body)
+                if len(begun) and not isinstance(shown.answers[0], Reason):
                     payload = memoryview(bytearray(begun) + payload)
-                read, rest = self._read(left, wire.decode(Shown, body), payload)
+                read, rest = self._read(left, shown, payload)
                 if not read and len(rest) <= len(begun):
                     raise ProtocolError(Reason.MALFORMED, "an empty part")
                 answers, begun = answers + read, rest

@@ -144,6 +144,25 @@ async def test_all_is_shown_at_once_in_as_many_parts_as_it_takes(
             assert answer.receipt.direction is question.direction
 
 
+async def test_what_expires_while_it_is_shown_spoils_nothing_else(
+    court: Court, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(witness, "MAX_CHUNK", 2000)
+    first, second = await court.passed(1), await court.passed(2)
+    honest = court.victim.switchboard.methods[SAMPLE_SHOW]
+
+    async def forgetful(link: Link, body: bytes, payload: memoryview) -> Answer:
+        answer = await honest(link, body, payload)
+        court.victim.pipeline.finished.remove(first)
+        return answer
+
+    court.victim.switchboard.methods[SAMPLE_SHOW] = forgetful
+    questions = [court.question(one, ACTIVATION) for one in (first, second)]
+    expired, shown = await court.inquirer.show(court.victim.peer, questions)
+    assert isinstance(expired, ProtocolError) and expired.reason is Reason.EXPIRED
+    assert isinstance(shown, Exhibit) and shown.receipt.microbatch == second
+
+
 def _of_another(shown: Shown, payload: bytes) -> tuple[Shown, bytes]:
     return Shown(shown.answers[::-1]), payload
 
