@@ -12,7 +12,7 @@ class LossGuard:
 
     Whatever is done to an activation, harm to the model is loss: this sees what keeps the marginals as they are, such
     as flipped signs or another microbatch's activation. One microbatch's loss says little, since texts differ; so for
-    each sender the standardised losses are summed up, less an allowance (`Sums`), and what it sends is
+    each sender the standardised losses are summed up, less an allowance (`Sums`), and what of it is odd is
     flagged while the sum is above `limit`, in robust standard deviations. The loss falls as training goes on, in its
     beginning by more than texts differ: so what is standardised is how far a loss is from the few before it, among how
     far the latest were. That names nobody, as the corruption may be older than the sender: verifiers look at what is
@@ -34,9 +34,10 @@ class LossGuard:
 
         `is_retry`: of a microbatch that was lost before. A hard text that comes again says nothing new of its sender.
         """
+        deviation = self._usual.deviation(loss, self._finest * loss)
         if is_retry:
-            return not self._sums.is_odd(sender)
-        is_odd = self._sums.add(sender, self._usual.deviation(loss, self._finest * loss))
+            return not self._sums.is_odd(sender, deviation)
+        is_odd = self._sums.add(sender, deviation)
         if not is_odd:
             self._usual.learn(loss)
         if self._latest.note(sender, is_odd):

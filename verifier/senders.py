@@ -40,6 +40,9 @@ def _note_latest(known: OrderedDict[Peer, float], sender: Peer, value: float) ->
 class Sums:
     """For each sender Page's CUSUM (1954) of how odd its tensors were, in robust standard deviations, less what is
     `allowed` each time. At most twice `limit`, so that a sender that mends is believed again soon. Of the latest 256.
+
+    No single tensor adds more than `limit`: what honest texts lead to has a heavy tail, and one text may be as odd as it
+    likes, while a sender is odd again and again. And only what is odd itself is: nothing is gained by refusing the rest.
     """
 
     def __init__(self, allowed: float, limit: float) -> None:
@@ -47,13 +50,15 @@ class Sums:
         self._sums: OrderedDict[Peer, float] = OrderedDict()
 
     def add(self, sender: Peer, deviation: float) -> bool:
-        """Whether the sender is odd by now."""
-        total = min(max(0.0, self._sums.get(sender, 0.0) + deviation - self._allowed), 2 * self._limit)
+        """Take in one more tensor; the answer is that of `is_odd`."""
+        odd = min(deviation - self._allowed, self._limit)
+        total = min(max(0.0, self._sums.get(sender, 0.0) + odd), 2 * self._limit)
         _note_latest(self._sums, sender, total)
-        return total > self._limit
+        return self.is_odd(sender, deviation)
 
-    def is_odd(self, sender: Peer) -> bool:
-        return self._sums.get(sender, 0.0) > self._limit
+    def is_odd(self, sender: Peer, deviation: float) -> bool:
+        """Whether a tensor that deviates by so much is odd, and its sender by now, too."""
+        return deviation > self._allowed and self._sums.get(sender, 0.0) > self._limit
 
     def __len__(self) -> int:
         return len(self._sums)
