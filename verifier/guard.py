@@ -31,10 +31,14 @@ _FEWEST_PLACES = 4
 _MOST_CHANNELS = 128
 _ROUNDING = 1e-5
 """Of a projection: what may tell equal tokens apart."""
-# Learning costs as much as looking. What is usual of measures it learns from every tensor while it is young, means and
-# moments only at the very beginning; then from every fourth.
-_YOUNG, _NEWBORN, _LEARNS_EVERY = 64, 16, 4
-_MOMENTS_KEPT = 0.95
+# Learning costs as much as looking. What is usual of measures it learns from every tensor while it is young, then from
+# every fourth; means and moments, which change slowly and cost most, from every one only at the very beginning, then
+# from every eighth.
+_YOUNG, _LEARNS_EVERY = 64, 4
+_NEWBORN, _LEARNS_TENSORS_EVERY = 16, 8
+# Each time that they are learned: of means the paper's, per step of eight replicas.
+_MEANS_KEPT = {Direction.ACTIVATION: 0.9 ** (1 / 4), Direction.GRADIENT: 0.8 ** (1 / 4)}
+_MOMENTS_KEPT = 0.9
 _FINEST = 0.1
 """Of what a tensor agrees by: less than that is no difference."""
 _DISAGREEMENT_ALLOWED = 3.0
@@ -54,7 +58,7 @@ class Guard:
 
     def __init__(self, direction: Direction, generator: np.random.Generator, limit: float = 6.0) -> None:
         self._generator, self._limit = generator, limit
-        self._mean = MeanTensor({Direction.ACTIVATION: 0.9, Direction.GRADIENT: 0.8}[direction] ** (1 / 8))
+        self._mean = MeanTensor(_MEANS_KEPT[direction])
         self._moments = MeanTensor(_MOMENTS_KEPT)
         self._centring = Centring(len(features.MARGINAL), _FLOORS[direction])
         self._agreement = (Recent(), Recent())
@@ -72,10 +76,10 @@ class Guard:
         seen = self._look(tensor)
         values = self._measure(seen)
         is_odd = values is None or self._is_odd(values, sender)
-        is_due = self.checked % _LEARNS_EVERY == 0
-        if values is not None and not is_odd and (is_due or self.checked < _YOUNG):
-            self._learn(values)
-            if is_due or self.checked < _NEWBORN:
+        if values is not None and not is_odd:
+            if self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0:
+                self._learn(values)
+            if self.checked < _NEWBORN or self.checked % _LEARNS_TENSORS_EVERY == 0:
                 self._learn_tensor(seen)
         self.checked += 1
         self.flagged += is_odd
