@@ -45,7 +45,7 @@ log = structlog.get_logger("links")
 HEARTBEAT = 1.0
 _TIMES = 3
 """Heartbeats after which a stream's round trip is known."""
-DEAD_AFTER = 8.0
+DEAD_AFTER = 6.0
 """Seconds without a byte after which a stream's other end counts as dead or hung."""
 DIAL_TIMEOUT = 8.0
 PENALTY = 30.0
@@ -511,5 +511,5 @@ class Switchboard:
 def _is_ping_due(link: Link, stream: Stream, now: float) -> bool:
     silent = now - stream.last_heard
     if link.dialled:
-        return stream.timed < _TIMES or silent > 4 * HEARTBEAT
-    return silent > 5 * HEARTBEAT
+        return stream.timed < _TIMES or silent > 3 * HEARTBEAT
+    return silent > 4 * HEARTBEAT

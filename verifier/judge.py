@@ -95,7 +95,7 @@ class Judge:
         self._hearing_rate = RECOMPUTE_SHARE / count * sequences * self._stages * PRICE[Direction.GRADIENT]
         self._routine = Allowance(2.0 * self._panel_size, 0.0)
         self._alarms = Allowance(ALARMS_SAVED, ALARMS_SAVED)
-        self._hearings = Allowance(HEARINGS_SAVED, HEARINGS_SAVED)
+        self._hearings = Allowance(HEARINGS_SAVED, _ROUTINE_ABOVE)
         self._round = 0
         self._pursued_at = -PURSUE_EVERY
         self._held_lost: dict[PeerId, float] = {}
