@@ -9,6 +9,8 @@ from verifier.streams import Peer
 
 _LATEST = 24
 _MOST_SENDERS = 256
+_AT_ONCE = 0.75
+"""Of its limit: the most that a single tensor adds to a sum."""
 
 
 class Latest:
@@ -41,8 +43,9 @@ class Sums:
     """For each sender Page's CUSUM (1954) of how odd its tensors were, in robust standard deviations, less what is
     `allowed` each time. At most twice `limit`, so that a sender that mends is believed again soon. Of the latest 256.
 
-    No single tensor adds more than `limit`: what honest texts lead to has a heavy tail, and one text may be as odd as it
-    likes, while a sender is odd again and again. And only what is odd itself is: nothing is gained by refusing the rest.
+    No single tensor adds more than three quarters of it: what honest texts lead to has a heavy tail, and one text may be
+    as odd as it likes, while a corrupt sender is odd again and again. And only what is odd itself is called so: nothing
+    is gained by refusing the rest.
     """
 
     def __init__(self, allowed: float, limit: float) -> None:
@@ -51,7 +54,7 @@ class Sums:
 
     def add(self, sender: Peer, deviation: float) -> bool:
         """Take in one more tensor; the answer is that of `is_odd`."""
-        odd = min(deviation - self._allowed, self._limit)
+        odd = min(deviation - self._allowed, _AT_ONCE * self._limit)
         total = min(max(0.0, self._sums.get(sender, 0.0) + odd), 2 * self._limit)
         _note_latest(self._sums, sender, total)
         return self.is_odd(sender, deviation)

@@ -217,6 +217,17 @@ def test_it_remembers_a_bounded_number_of_senders() -> None:
     assert len(guard._sums) <= 256
 
 
+def test_one_hard_text_is_not_held_against_its_sender_however_hard() -> None:
+    generator, guard = np.random.default_rng(0), LossGuard()
+    for step in range(200):
+        guard.check(losses(generator, step), f"peer{step % 3}")
+    assert guard.check(60.0, "peer0")
+    assert not guard.check(60.0, "peer0"), "twice in a row is no chance"
+    assert guard.check(losses(generator, 200), "peer0"), "what is not odd itself does no harm"
+    assert not guard.check(60.0, "peer0", is_retry=True)
+    assert guard.check(losses(generator, 200), "peer0", is_retry=True)
+
+
 def test_a_hard_text_that_comes_again_is_not_held_against_its_sender() -> None:
     generator, guard = np.random.default_rng(0), LossGuard()
     for step in range(200):
