@@ -43,9 +43,9 @@ class Sums:
     """For each sender Page's CUSUM (1954) of how odd its tensors were, in robust standard deviations, less what is
     `allowed` each time. At most twice `limit`, so that a sender that mends is believed again soon. Of the latest 256.
 
-    No single tensor adds more than three quarters of it: what honest texts lead to has a heavy tail, and one text may be
-    as odd as it likes, while a corrupt sender is odd again and again. And only what is odd itself is called so: nothing
-    is gained by refusing the rest.
+    No single tensor adds more than three quarters of it: what honest texts lead to has a heavy tail, and one text may
+    be as odd as it likes, while a corrupt sender is odd again and again. And only what is odd itself is called so:
+    nothing is gained by refusing the rest.
     """
 
     def __init__(self, allowed: float, limit: float) -> None:
