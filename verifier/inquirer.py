@@ -11,7 +11,7 @@ from protocol import wire
 from protocol.codec import TensorHeader, decode_tensor
 from protocol.errors import ProtocolError, Reason
 from protocol.identity import PeerId
-from protocol.links import Link, Switchboard
+from protocol.links import DEAD_AFTER, HEARTBEAT, Link, Switchboard
 from protocol.manifest import Manifest
 from protocol.messages import MAX_CHUNK
 from protocol.receipts import Direction
@@ -34,8 +34,8 @@ from protocol.samples import (
 from verifier.exhibits import Exhibit, Question, Work, exhibit_size, read_exhibit
 from verifier.tribunal import Answer
 
-# Longer than a link without a heartbeat lives: who hangs loses its link, and who stalls is timed out.
-ANSWER_WITHIN = 8.0
+ANSWER_WITHIN = DEAD_AFTER + 2 * HEARTBEAT
+"""Seconds, longer than a link without a heartbeat lives: who hangs loses its link, and who stalls is timed out."""
 _CPU = torch.device("cpu")
 
 
