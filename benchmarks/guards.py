@@ -29,14 +29,14 @@ from torch import Tensor
 from benchmarks.figures import machine
 from node.data import open_corpus
 from node.presets import build_manifest
+from node.sabotage import AttackConfig, Sabotage
 from node.trainer import StageTrainer
 from protocol.errors import UserError
 from protocol.identity import PeerId
-from protocol.manifest import Manifest
-from verifier.attacks import View
+from protocol.manifest import BatchSection, Manifest
 from verifier.guard import Guard
 from verifier.loss_guard import LossGuard
-from verifier.saboteur import Orders, Saboteur, parse_attack
+from verifier.saboteur import Orders, parse_attack
 from verifier.streams import Direction
 
 STAGES, REPLICAS, INNER = 3, 3, 1
@@ -98,19 +98,23 @@ class Dealing:
         }
         self._loss_guards = [LossGuard() for _ in range(REPLICAS)]
 
-    def deal(self, passage: Passage, lies: Mapping[Direction, Lie]) -> None:
+    def deal(self, passage: Passage, lies: Mapping[Direction, Lie | None]) -> None:
         path = [self._lot.randrange(REPLICAS) for _ in range(STAGES)]
         loss: float | None = passage.loss
         for (direction, stage), tensor in passage.sent.items():
-            lie = lies.get(direction) if stage == INNER and path[INNER] == 0 else None
-            if lie is None:
+            is_honest = stage != INNER or path[INNER] != 0 or direction not in lies
+            if is_honest:
                 passes = self._look(direction, stage, path, tensor)
                 self.honest.setdefault(direction.value, Tally()).note(not passes)
+                continue
+            if direction is _A:
+                loss = None
+            lie = lies[direction]
+            if lie is None:
                 continue
             passes = self._look(direction, stage, path, lie.tensor)
             if direction is _A:
                 passes = passes and self._look_at_loss(path, lie.loss)
-                loss = None
             self.lies.setdefault(direction, Tally()).note(not passes)
         if loss is not None:
             self.honest.setdefault("loss", Tally()).note(not self._look_at_loss(path, loss))
@@ -155,26 +159,25 @@ def passages(manifest: Manifest, stages: Sequence[StageTrainer]) -> Iterator[tup
             stage.step(gradient / count)
 
 
-def _lie(saboteur: Saboteur, passage: Passage, labels: Tensor, last: StageTrainer) -> dict[Direction, Lie]:
-    """What the attacker sends of a microbatch, once it has begun."""
-    lies = {}
-    for direction in Direction:
+def _lies(
+    sabotage: Sabotage, passage: Passage, labels: Tensor, stages: Sequence[StageTrainer]
+) -> dict[Direction, Lie | None]:
+    """What the attacker sends of a microbatch instead of its outputs, once it has begun; None for nothing."""
+    _, inner, last = stages
+    lies: dict[Direction, Lie | None] = {}
+    x = passage.sent[_A, 0]
+    for direction, inputs, gradient in ((_A, x, None), (_G, passage.sent[_G, 2], passage.sent[_G, 2])):
+
+        def redo(ago: int, gradient: Tensor | None = gradient) -> Tensor:
+            return inner.redo(max(inner.version - ago, inner.oldest), x, gradient)
+
         output = passage.sent[direction, INNER]
-        view = View(
-            direction=direction,
-            stage=INNER,
-            round=passage.round,
-            microbatch=passage.slot,
-            peer=PeerId("stage1-0"),
-            inputs=passage.sent[(_A, 0) if direction is _A else (_G, 2)],
-            state=saboteur.state(direction),
-        )
-        tensor = saboteur.send(output, view)
-        if saboteur.acts(direction, passage.round):
-            loss = passage.loss
-            if direction is _A:
-                with torch.no_grad():
-                    loss = float(last.module.loss(tensor, labels))
+        tensor = sabotage.send(direction, passage.round, passage.slot, inputs, output, redo)
+        if tensor is None:
+            lies[direction] = None
+        elif tensor is not output:
+            with torch.no_grad():
+                loss = float(last.module.loss(tensor, labels)) if direction is _A else passage.loss
             lies[direction] = Lie(tensor, loss)
     return lies
 
@@ -182,13 +185,17 @@ def _lie(saboteur: Saboteur, passage: Passage, labels: Tensor, last: StageTraine
 def measure(manifest: Manifest, attacks: Sequence[str], dealings: int, start: int) -> list[Dealing]:
     seed, device = manifest.seed, torch.device("cpu")
     stages = [StageTrainer(manifest, stage, device) for stage in range(STAGES)]
-    saboteurs = {spec: Saboteur(parse_attack(spec)(seed), Orders(start=start), seed) for spec in attacks}
+    orders, attacker = Orders(start=start), PeerId(f"stage{INNER}-0")
+    sabotages = {
+        spec: Sabotage(AttackConfig(parse_attack(spec), orders), INNER, attacker, seed) for spec in attacks
+    }
+    stages[INNER].memory = max((one.weight_memory for one in sabotages.values()), default=0)
     found = [
         Dealing(spec, 1000 * seed + number) for spec in (_NOBODY, *attacks) for number in range(dealings)
     ]
     count = manifest.schedule.rounds * manifest.batch.microbatches
     for passage, labels in track(passages(manifest, stages), f"seed {seed}", total=count, console=_console):
-        lies = {spec: _lie(one, passage, labels, stages[-1]) for spec, one in saboteurs.items()}
+        lies = {spec: _lies(one, passage, labels, stages) for spec, one in sabotages.items()}
         for dealing in found:
             dealing.deal(passage, lies.get(dealing.attack, {}))
     return found
@@ -213,7 +220,9 @@ def summarise(found: Sequence[Dealing]) -> dict[str, Any]:
             "worst_flagged_fraction": max(clean),
         },
         "attacks": [
-            _attack(spec, direction, [one.lies[direction] for one in found if one.attack == spec])
+            _attack(
+                spec, direction, [one.lies.get(direction, Tally()) for one in found if one.attack == spec]
+            )
             for spec in dict.fromkeys(one.attack for one in found if one.attack)
             for direction in Direction
         ],
@@ -221,11 +230,12 @@ def summarise(found: Sequence[Dealing]) -> dict[str, Any]:
 
 
 def _attack(spec: str, direction: Direction, tallies: Sequence[Tally]) -> dict[str, Any]:
+    sent = sum(one.sent for one in tallies)
     return {
         "attack": spec,
         "direction": direction.value,
-        "sent": sum(one.sent for one in tallies),
-        "share": sum(one.flagged for one in tallies) / sum(one.sent for one in tallies),
+        "sent": sent,
+        "share": sum(one.flagged for one in tallies) / max(1, sent),
         "passed_first": mean(one.passed_first for one in tallies),
         "never": sum(not one.flagged for one in tallies),
     }
@@ -257,12 +267,9 @@ def _manifest(seed: int, chosen: argparse.Namespace) -> Manifest:
         preset=chosen.preset, config=None, stages=STAGES, data=chosen.data, tokenizer="bytes", seed=seed,
         testbed=True, schedule="synchronous", rounds=chosen.rounds, min_replicas=1, wire="fp32", name="guards",
     )  # fmt: skip
-    batch = base.batch.model_copy(
-        update={
-            key: value
-            for key, value in (("sequences", chosen.sequences), ("context", chosen.context))
-            if value is not None
-        }
+    changes = {"sequences": chosen.sequences, "context": chosen.context}
+    batch = BatchSection(
+        **base.batch.model_dump() | {key: one for key, one in changes.items() if one is not None}
     )
     return base.model_copy(update={"batch": batch})
 
