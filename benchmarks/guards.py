@@ -112,7 +112,9 @@ class Dealing:
             lie = lies[direction]
             if lie is None:
                 continue
-            passes = self._look(direction, stage, path, lie.tensor)
+            # What is not finite is refused before the guard is asked.
+            is_finite = bool(torch.isfinite(lie.tensor.sum()))
+            passes = is_finite and self._look(direction, stage, path, lie.tensor)
             if direction is _A:
                 passes = passes and self._look_at_loss(path, lie.loss)
             self.lies.setdefault(direction, Tally()).note(not passes)

@@ -160,14 +160,12 @@ class StageTrainer:
 
     def _redo(self, x: Tensor, grad_output: Tensor | None, labels: Tensor | None) -> Tensor:
         inputs = self._inputs(x)
-        with self._autocast():
-            if labels is not None:
-                made = self.module.loss(inputs, labels.to(self._device))
-            elif grad_output is None:
-                with torch.no_grad():
-                    return _to_host(self.module(inputs))
-            else:
-                made = self.module(inputs)
+        goes_back = labels is not None or grad_output is not None
+        # Whatever the caller's setting: attacks are carried out without gradients.
+        with torch.set_grad_enabled(goes_back), self._autocast():
+            made = self.module(inputs) if labels is None else self.module.loss(inputs, labels.to(self._device))
+        if not goes_back:
+            return _to_host(made)
         grad = None if grad_output is None else grad_output.to(self._device, made.dtype)
         (answer,) = torch.autograd.grad(made, [inputs], grad)
         return _to_host(answer)

@@ -265,6 +265,15 @@ def test_earlier_weights_are_kept_by_number_and_by_age(
         middle.redo(middle.oldest - 1, hidden(1))
 
 
+def test_a_gradient_is_made_again_where_none_are_recorded(middle: StageTrainer) -> None:
+    """Attacks are carried out so, and one of them sends what older weights would have made."""
+    x, gradient = hidden(1), hidden(2)
+    expected = middle.redo(0, x, gradient)
+    with torch.no_grad():
+        assert torch.equal(middle.redo(0, x, gradient), expected)
+        assert torch.equal(middle.redo(0, x), middle.forward(x).output)
+
+
 def test_chunks_can_be_checked_one_by_one() -> None:
     source = trained()
     digests = source.chunk_digests(1000)
