@@ -163,7 +163,9 @@ class StageTrainer:
         goes_back = labels is not None or grad_output is not None
         # Whatever the caller's setting: attacks are carried out without gradients.
         with torch.set_grad_enabled(goes_back), self._autocast():
-            made = self.module(inputs) if labels is None else self.module.loss(inputs, labels.to(self._device))
+            made = (
+                self.module(inputs) if labels is None else self.module.loss(inputs, labels.to(self._device))
+            )
         if not goes_back:
             return _to_host(made)
         grad = None if grad_output is None else grad_output.to(self._device, made.dtype)

@@ -12,7 +12,7 @@ class LossGuard:
 
     Whatever is done to an activation, harm to the model is loss: this sees what keeps the marginals as they are, such
     as flipped signs or another microbatch's activation. One microbatch's loss says little, since texts differ; so for
-    each sender the standardised losses are summed up, less an allowance (`Sums`), and what of it is odd is
+    each sender the standardised losses are summed up, less an allowance (`Sums`), and what it sends that is odd is
     flagged while the sum is above `limit`, in robust standard deviations. The loss falls as training goes on, in its
     beginning by more than texts differ: so what is standardised is how far a loss is from the few before it, among how
     far the latest were. That names nobody, as the corruption may be older than the sender: verifiers look at what is
