@@ -1,4 +1,4 @@
-"""What a node holds of a microbatch, from its activation's arrival until a grace period after its end.
+"""What a node holds of a microbatch, from its activation's arrival until some seconds after its end.
 
 A sender keeps its output until the gradient is back, so that it can send it to another replica; a receiver keeps
 tensor and receipt a while longer, so that a verifier can ask for them. All of it is in host memory, and bounded.
@@ -14,9 +14,7 @@ from node.trainer import Pass
 from protocol.codec import Payload
 from protocol.identity import PeerId
 from protocol.receipts import Direction, MicrobatchId, SignedReceipt
-
-GRACE = 30.0
-"""Seconds for which a finished microbatch's tensors and receipts are kept."""
+from protocol.samples import KEPT_FOR
 
 _EMPTY = memoryview(b"")
 
@@ -104,7 +102,7 @@ class Flight:
 
 
 class FinishedStore:
-    """Finished microbatches, oldest first, for `GRACE` seconds and at most `max_bytes` of payload."""
+    """Finished microbatches, oldest first, for `KEPT_FOR` seconds and at most `max_bytes` of payload."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -139,7 +137,7 @@ class FinishedStore:
     def prune(self, now: float) -> None:
         while self._flights:
             oldest = next(iter(self._flights.values()))
-            if self.bytes <= self._max_bytes and now - oldest.ended <= GRACE:
+            if self.bytes <= self._max_bytes and now - oldest.ended <= KEPT_FOR:
                 return
             self.remove(oldest.id)
 

@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 
 from protocol.identity import PeerId
 from protocol.receipts import Direction, MicrobatchId
-from protocol.samples import Passage
+from protocol.samples import DRAWN_WITHIN, Passage
 from verifier.streams import StageIndex
 
 MAX_KNOWN = 4096
 SPEAK_WITHIN = 5.0
 """Seconds within which everybody on a microbatch's way must have said what it did."""
-FRESH = 12.0
-"""Seconds after a microbatch was first heard of during which it may be drawn: its tensors are held a little longer."""
 _HALF = 1.0
 """Seconds in which a microbatch's weight in the draw halves, from its end on: any may be drawn, and an attack is best
 seen soon."""
@@ -79,7 +77,7 @@ class Traffic:
     ) -> None:
         """Take in all that `holder` tells of the time between `since` and `now`, oldest first: spread evenly over it,
         as nobody's clock is asked."""
-        since = max(since, now - FRESH)
+        since = max(since, now - DRAWN_WITHIN)
         for number, passage in enumerate(passages, 1):
             self._note(holder, stage, passage, now, since + (now - since) * number / len(passages))
 
@@ -117,7 +115,7 @@ class Traffic:
     def alarms(self, now: float) -> list[Journey]:
         """What receivers flagged and nobody has looked at yet."""
         self._alarms = {
-            key: one for key, one in self._alarms.items() if not one.drawn and now - one.heard <= FRESH
+            key: one for key, one in self._alarms.items() if not one.drawn and now - one.heard <= DRAWN_WITHIN
         }
         return list(self._alarms.values())
 
@@ -168,7 +166,7 @@ class Traffic:
     def _fresh(self, now: float) -> list[Journey]:
         fresh = []
         for journey in reversed(self._journeys.values()):
-            if now - journey.heard > FRESH:
+            if now - journey.heard > DRAWN_WITHIN:
                 break
             fresh.append(journey)
         return fresh

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.flights import GRACE, FinishedStore, Flight, Held, Outgoing
+from node.flights import FinishedStore, Flight, Held, Outgoing
 from node.trainer import Pass
 from protocol.identity import Identity, PeerId
 from protocol.receipts import MicrobatchId
+from protocol.samples import KEPT_FOR
 
 HEAD = Identity.generate().peer_id
 
@@ -40,7 +41,7 @@ def test_the_store_never_holds_more_than_it_may(added: list[tuple[int, int, floa
         store.add(flight(slot, size), now)
         kept = list(store._flights.values())
         assert store.bytes == sum(one.size for one in kept) <= limit
-        assert all(now - one.ended <= GRACE for one in kept)
+        assert all(now - one.ended <= KEPT_FOR for one in kept)
         assert [one.ended for one in kept] == sorted(one.ended for one in kept)
 
 
@@ -57,12 +58,12 @@ def test_the_oldest_goes_first() -> None:
     ]
 
 
-def test_after_the_grace_period_nothing_is_kept() -> None:
+def test_after_its_time_nothing_is_kept() -> None:
     store = FinishedStore(1000)
     store.add(flight(0, 10), 0.0)
-    store.prune(GRACE)
+    store.prune(KEPT_FOR)
     assert len(store) == 1
-    store.prune(GRACE + 0.1)
+    store.prune(KEPT_FOR + 0.1)
     assert len(store) == store.bytes == 0
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from protocol.identity import Identity, PeerId
 from protocol.receipts import Direction, MicrobatchId
-from protocol.samples import Passage
+from protocol.samples import DRAWN_WITHIN, Passage
 from protocol.votes import Verdict
 from verifier.conduct import STRAY_FORGOTTEN, Conduct
-from verifier.sampling import FRESH, MAX_KNOWN, SPEAK_WITHIN, Allowance, Traffic
+from verifier.sampling import MAX_KNOWN, SPEAK_WITHIN, Allowance, Traffic
 
 STAGES, REPLICAS = 3, 3
 PEERS = [[Identity.generate().peer_id for _ in range(REPLICAS)] for _ in range(STAGES)]
@@ -77,7 +77,7 @@ def test_nothing_is_drawn_twice_or_too_late() -> None:
     first = traffic.draw(generator, 1.0, most=4)
     again = traffic.draw(generator, 1.0, most=4)
     assert first and again and not {one.microbatch for one in first} & {one.microbatch for one in again}
-    assert not traffic.draw(generator, FRESH + 1, most=4)
+    assert not traffic.draw(generator, DRAWN_WITHIN + 1, most=4)
 
 
 def test_of_what_is_told_at_once_the_latest_is_looked_at_first() -> None:
