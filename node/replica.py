@@ -49,12 +49,14 @@ class Limits:
     """`capacity`: microbatches held at once for the stage before; `hold_bytes`: of finished ones, kept a while.
 
     `past_bytes`: of earlier versions' weights, kept so that others' work can be done again (one version at least, where
-    there are verifiers). `link_delay`: seconds added to all that is sent, for experiments.
+    there are verifiers). `touched_bytes`: of the heap, before it serves; a stage of the tiny model comes to use it.
+    `link_delay`: seconds added to all that is sent, for experiments.
     """
 
     capacity: int = 16
     hold_bytes: int = 256 << 20
     past_bytes: int = 256 << 20
+    touched_bytes: int = 160 << 20
     link_delay: float = 0.0
 
 

@@ -17,6 +17,7 @@ from node.bans import explain_ban, remembered_ban
 from node.compute import Urgency
 from node.data import open_corpus
 from node.head import Injector
+from node.heap import keep_freed, touch
 from node.placement import check_fits, choose_device, fitting_stages, least_served
 from node.replica import Limits, Replica
 from node.reporting import ANNOUNCE_EVERY, REPORT_EVERY, Reporter
@@ -104,6 +105,7 @@ class Volunteer:
         """Join the run and serve. Raises `UserError` for what a person can mend."""
         config = self._config
         log.debug("starting", peer=self.peer_id)
+        keep_freed()
         self._tasks = tasks = TaskSet()
         self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
         tasks.spawn(host.watch())
@@ -133,6 +135,7 @@ class Volunteer:
             seeds=config.invite.seeds,
             votes_path=self._votes_path(signed.run),
         )
+        await replica.compute.run(Urgency.ROUND, touch, config.limits.touched_bytes)
         if config.attack is not None:
             self._become_attacker(config.attack)
         self._reporter = Reporter(replica, self._directory, self._identity, await host.addresses())
