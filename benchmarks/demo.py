@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 from time import monotonic, time
 from typing import Any
 
@@ -75,12 +76,14 @@ class DemoView:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all rounds but the first, which the last volunteers may have entered late."""
-        if len(self.closed_at) < 2:
+        """Of all rounds but the first, which the last volunteers may have entered late: the slope of the straight line
+        through the rounds' ends (least squares). We hear of an end up to a second later, and the line lets the first
+        and the last one count for no more than the others."""
+        if len(set(self.closed_at)) < 2:
             return 0.0
         batch = self.manifest.batch
-        tokens = batch.context * batch.sequences * batch.microbatches * (len(self.closed_at) - 1)
-        return tokens / (self.closed_at[-1] - self.closed_at[0])
+        rate = linear_regression(self.closed_at, range(len(self.closed_at))).slope
+        return batch.context * batch.sequences * batch.microbatches * rate
 
     @property
     def attackers(self) -> set[PeerId]:

@@ -37,7 +37,8 @@ DIRECTIONS = ("activation", "gradient")
 STAGES, REPLICAS = 3, 3
 GUARDED = Threat(verifiers=3, quorum=2)
 WARM_UP = "warm-up"
-"""A run that is not counted: after a rest a machine is slow to give memory, and the first run would pay for all."""
+"""A run with all processes that is not counted: a machine is slow to give memory that it has not given lately, and the
+first run would pay for all."""
 LOSS_GOAL, COST_GOAL, THROUGHPUT_GOAL, FLAGGED_GOAL = 0.05, 0.05, 0.95, 0.005
 
 _console = Console(soft_wrap=True)
@@ -76,7 +77,7 @@ async def run(manifest: Manifest, replicas: int, seed: int, kind: str, threat: T
 async def measure_wide(rounds: int, pairs: int) -> list[Row]:
     """Width 512, one replica a stage, since more would wait for the same processors: what verification costs there."""
     manifest = speed_manifest(wire="fp32", rounds=rounds, microbatches=8)
-    await run(manifest, 1, 0, WARM_UP, Threat())
+    await run(manifest, 1, 0, WARM_UP, GUARDED)
     return [await run(manifest, 1, 0, kind, threat) for kind, threat in _in_turns(pairs)]
 
 
@@ -108,7 +109,7 @@ async def measure(
         for attack in attacks
         for direction in directions
     ]
-    await run(tiny(seeds[0], rounds), REPLICAS, seeds[0], WARM_UP, Threat())
+    await run(tiny(seeds[0], rounds), REPLICAS, seeds[0], WARM_UP, GUARDED)
     return [
         await run(tiny(seed, rounds), REPLICAS, seed, kind, threat)
         for seed in seeds
@@ -179,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--pairs", type=int, default=3, help="runs of a seed with verifiers and without")
+    parser.add_argument("--pairs", type=int, default=6, help="runs of a seed with verifiers and without")
     parser.add_argument("--start", type=int, default=10, help="first round that is attacked")
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), metavar="SPEC")
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=(*DIRECTIONS, "both"))
