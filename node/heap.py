@@ -14,8 +14,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _MOST_FREE = 1 << 30
 """Bytes at the heap's end that may be free; of more, the system gets them back."""
 _LARGEST = 32 << 20
-"""Bytes of the largest piece that the heap is to hold, as many as glibc allows: what is larger comes from the system and
-goes back as soon as it is free."""
+"""Bytes of the largest piece that the heap is to hold, as many as glibc allows: what is larger comes from the system
+and goes back as soon as it is free."""
 _PIECE = 1 << 20
 
 
