@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.figures import machine
+from benchmarks.live import ATTACKS
 from node.data import open_corpus
 from node.presets import build_manifest
 from node.sabotage import AttackConfig, Sabotage
@@ -40,7 +41,6 @@ from verifier.saboteur import Orders, parse_attack
 from verifier.streams import Direction
 
 STAGES, REPLICAS, INNER = 3, 3, 1
-ATTACKS = ("zeros", "flip", "random", "delay:20", "random-sign:0.3")
 _NOBODY = ""
 _A, _G = Direction.ACTIVATION, Direction.GRADIENT
 
