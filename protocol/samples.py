@@ -22,10 +22,10 @@ REDO_REST: Final = "redo.rest"
 
 ALARM_EVERY: Final = 1.0
 """Seconds between two alarms of one node; what comes twice as often is not heard."""
-DRAWN_WITHIN: Final = 8.0
-"""Seconds after a verifier first heard of a microbatch during which it may draw it."""
+DRAWN_WITHIN: Final = 12.0
+"""Seconds after a microbatch's end at anybody on its way during which a verifier may draw it."""
 KEPT_FOR: Final = 16.0
-"""Seconds after a microbatch's end for which nodes keep what they were sent of it: until a verifier has heard of it,
+"""Seconds after a microbatch's end for which a node keeps what it was sent of it: until a verifier has heard of it,
 drawn it and asked. Not longer: as long as what is kept grows, it goes into memory that was never touched before."""
 MAX_LISTED: Final = 256
 MAX_WANTED: Final = 32

@@ -40,7 +40,7 @@ BYTES_SHARE = 0.04
 ALARM_SHARE = 0.02
 """Share of the microbatches that one verifier may look at for alarms and suspicions, beyond what it samples."""
 ALARMS_SAVED = 24.0
-RECOMPUTE_SHARE = 0.004
+RECOMPUTE_SHARE = 0.002
 """Share of the run's compute that all verifiers together may have done again. By sequences: one alone costs a small
 stage up to twice its share of a microbatch."""
 HEARINGS_SAVED = 24.0

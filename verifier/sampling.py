@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 from protocol.identity import PeerId
 from protocol.receipts import Direction, MicrobatchId
-from protocol.samples import DRAWN_WITHIN, Passage
+from protocol.samples import DRAWN_WITHIN, KEPT_FOR, Passage
 from verifier.streams import StageIndex
 
 MAX_KNOWN = 4096
-SPEAK_WITHIN = 5.0
-"""Seconds within which everybody on a microbatch's way must have said what it did."""
+SPEAK_WITHIN = 5.5
+"""Seconds within which everybody on a microbatch's way must have said what it did: until it is asked the next time."""
 _HALF = 1.0
 """Seconds in which a microbatch's weight in the draw halves, from its end on: any may be drawn, and an attack is best
 seen soon."""
@@ -39,6 +39,8 @@ class Journey:
     microbatch: MicrobatchId
     heard: float
     """When anybody first told us."""
+    began: float
+    """When it seems to have ended where it ended first, where what was sent is the first to be forgotten."""
     ended: float
     """When it seems to have ended where it ended last."""
     path: dict[StageIndex, PeerId] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Traffic:
     ) -> None:
         """Take in all that `holder` tells of the time between `since` and `now`, oldest first: spread evenly over it,
         as nobody's clock is asked."""
-        since = max(since, now - DRAWN_WITHIN)
+        since = max(since, now - KEPT_FOR)
         for number, passage in enumerate(passages, 1):
             self._note(holder, stage, passage, now, since + (now - since) * number / len(passages))
 
@@ -85,11 +87,11 @@ class Traffic:
         """A holder speaks for itself, and only names its neighbours."""
         journey = self._journeys.get(passage.microbatch)
         if journey is None:
-            journey = self._journeys[passage.microbatch] = Journey(passage.microbatch, now, ended)
+            journey = self._journeys[passage.microbatch] = Journey(passage.microbatch, now, ended, ended)
             if len(self._journeys) > MAX_KNOWN:
                 oldest, _ = self._journeys.popitem(last=False)
                 self._alarms.pop(oldest, None)
-        journey.ended = max(journey.ended, ended)
+        journey.began, journey.ended = min(journey.began, ended), max(journey.ended, ended)
         journey.path[stage] = holder
         journey.states.setdefault(holder, passage.state)
         if passage.previous is not None and stage > 0:
@@ -115,7 +117,7 @@ class Traffic:
     def alarms(self, now: float) -> list[Journey]:
         """What receivers flagged and nobody has looked at yet."""
         self._alarms = {
-            key: one for key, one in self._alarms.items() if not one.drawn and now - one.heard <= DRAWN_WITHIN
+            key: one for key, one in self._alarms.items() if not one.drawn and now - one.began <= DRAWN_WITHIN
         }
         return list(self._alarms.values())
 
@@ -168,7 +170,8 @@ class Traffic:
         for journey in reversed(self._journeys.values()):
             if now - journey.heard > DRAWN_WITHIN:
                 break
-            fresh.append(journey)
+            if now - journey.began <= DRAWN_WITHIN:
+                fresh.append(journey)
         return fresh
 
 
