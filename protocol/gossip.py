@@ -30,6 +30,9 @@ MAX_GOSSIP = 256 * 1024
 """Bytes of one gossip message; a larger one is dropped unread. The longest report has three lists of 8,192 slots."""
 
 _PUBLISH_WITHIN = 5.0
+_REUSED = 64 * 1024
+"""Bytes of gossip that are read into the same message. After every 10,000 pieces of memory that protobuf has freed it
+has the C library give all that is free back to the system, and what computes must get it anew, page by page."""
 
 OnGossip = Callable[[PeerId, bytes], None]
 
@@ -39,7 +42,8 @@ async def _open(p2p: P2P) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     return reader, writer
 
 
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: p2pd_pb2.PSRequest) -> None:
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **asked: object) -> None:
+    """`asked`: the fields of a `PSRequest`."""
     await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.PUBSUB, pubsub=asked))
     response = p2pd_pb2.Response()
     await read_pbmsg_safe(reader, response)
@@ -62,19 +66,18 @@ class Publisher:
 
         Raises `ProtocolError` (unreachable or timed_out) if p2pd does not take it.
         """
-        request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.PUBLISH, topic=topic, data=data)
         try:
             async with asyncio.timeout(_PUBLISH_WITHIN), self._turn:
-                await self._publish(request)
+                await self._publish(topic, data)
         except TimeoutError:
             raise ProtocolError(Reason.TIMED_OUT, f"gossip on {topic}") from None
         except (ControlFailure, OSError, asyncio.IncompleteReadError) as error:
             raise ProtocolError(Reason.UNREACHABLE, f"gossip on {topic}: {error}") from None
 
-    async def _publish(self, request: p2pd_pb2.PSRequest) -> None:
+    async def _publish(self, topic: str, data: bytes) -> None:
         try:
             self._streams = self._streams or await _open(self._p2p)
-            await _ask(*self._streams, request)
+            await _ask(*self._streams, type=p2pd_pb2.PSRequest.PUBLISH, topic=topic, data=data)
         except BaseException:
             # Its answer, if it still comes, would be taken for that to the next request.
             self.close()
@@ -102,16 +105,18 @@ def _tell(on_gossip: OnGossip, author: PeerId, data: bytes) -> None:
 
 async def subscribe(p2p: P2P, topic: str, on_gossip: OnGossip) -> asyncio.Task[None]:
     """Call `on_gossip(author, data)` for each message until the returned task is cancelled."""
-    request = p2pd_pb2.PSRequest(type=p2pd_pb2.PSRequest.SUBSCRIBE, topic=topic)
     reader, writer = await _open(p2p)
-    await _ask(reader, writer, request)
+    await _ask(reader, writer, type=p2pd_pb2.PSRequest.SUBSCRIBE, topic=topic)
 
     async def read() -> None:
         # The writer is named here to keep it alive: p2pd ends a subscription whose connection closes.
+        message, size = p2pd_pb2.PSMessage(), 0
         try:
             while True:
-                message = p2pd_pb2.PSMessage()
+                if size > _REUSED:
+                    message, size = p2pd_pb2.PSMessage(), 0
                 await read_pbmsg_safe(reader, message)
+                size += message.ByteSize()
                 if len(message.data) <= MAX_GOSSIP:
                     _tell(on_gossip, _author(getattr(message, "from")), bytes(message.data))
         except asyncio.IncompleteReadError:
