@@ -89,7 +89,7 @@ def join(
         limits=Limits(link_delay=link_delay / 1e3),
         attack=orders,
     )
-    running.run(_serve(Volunteer(config), with_panel=is_terminal))
+    running.run_long(_serve(Volunteer(config), with_panel=is_terminal))
 
 
 def _parse_stage(text: str) -> int | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import uvloop
@@ -19,6 +21,18 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """Run on uvloop. Ctrl-C and SIGTERM are for `main` to handle, with `stop_asked`."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
+
+
+def run_long(main: Coroutine[Any, Any, T]) -> T:
+    """As `run`, for a process that computes for hours: it keeps the memory that it frees, and neither it nor the
+    processes that it starts take the processor from one another before their turns are over (sched(7), SCHED_BATCH;
+    Linux alone). Where processors are few, most of their switches are such, and each empties the caches."""
+    from node.heap import keep_freed
+
+    keep_freed()
+    with suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    return run(main)
 
 
 def stop_asked() -> asyncio.Event:

@@ -42,7 +42,7 @@ def verify(
     if threads:
         torch.set_num_threads(threads)
     key = identity or DEFAULT_HOME / "verifier.key"
-    running.run(_serve(Verifier(VerifierConfig(parsed, key, tuple(listen or DEFAULT_LISTEN)))))
+    running.run_long(_serve(Verifier(VerifierConfig(parsed, key, tuple(listen or DEFAULT_LISTEN)))))
 
 
 async def _serve(verifier: Verifier) -> None:

@@ -17,7 +17,7 @@ from node.bans import explain_ban, remembered_ban
 from node.compute import Urgency
 from node.data import open_corpus
 from node.head import Injector
-from node.heap import keep_freed, touch
+from node.heap import touch
 from node.placement import check_fits, choose_device, fitting_stages, least_served
 from node.replica import Limits, Replica
 from node.reporting import ANNOUNCE_EVERY, REPORT_EVERY, Reporter
@@ -105,7 +105,6 @@ class Volunteer:
         """Join the run and serve. Raises `UserError` for what a person can mend."""
         config = self._config
         log.debug("starting", peer=self.peer_id)
-        keep_freed()
         self._tasks = tasks = TaskSet()
         self._host = host = await Host.start(config.identity, listen=config.listen, seeds=config.invite.seeds)
         tasks.spawn(host.watch())
