@@ -90,3 +90,15 @@ async def test_after_a_failure_the_next_message_takes_a_new_connection(
     # The second one did leave: only p2pd's answer was not read, and is not taken for that to the third.
     assert await heard.wait_for(3) == [b"one", b"three", b"two"]
     assert opened[0] - before == 2
+
+
+async def test_messages_that_are_read_into_one_are_told_apart(
+    start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gossip, "_REUSED", 1000)
+    host, _ = await start_host()
+    heard = await _listening(host, "reused")
+    messages = [bytes([number]) * (1 + 100 * (number % 3)) for number in range(40)]
+    for message in messages:
+        await host.publish("reused", message)
+    assert await heard.wait_for(len(messages)) == sorted(messages)

@@ -95,6 +95,20 @@ def test_of_what_is_told_at_once_the_latest_is_looked_at_first() -> None:
     assert sum(slot >= 50 for slot in drawn) > 30 and min(drawn) < 50 < max(drawn)
 
 
+@pytest.mark.parametrize(("ago", "is_drawn"), [(DRAWN_WITHIN - 1, True), (DRAWN_WITHIN + 1, False)])
+def test_what_its_first_holder_will_soon_have_forgotten_is_not_drawn(ago: float, is_drawn: bool) -> None:
+    """Though it is told only now: an honest node might not be able to show it any more."""
+    path, now = [stage[0] for stage in PEERS], 100.0
+    first, *later = (
+        Passage(MicrobatchId(path[0], slot), path[0], path[2], 3, None, b"weights!") for slot in range(100)
+    )
+    traffic = Traffic(STAGES)
+    traffic.take(path[2], 2, [first, *later], now - ago, now)
+    for stage in (0, 1):
+        traffic.take(path[stage], stage, [first], now - 1, now)
+    assert bool(traffic.draw(random.Random(1), now, most=1)) is is_drawn
+
+
 def test_who_was_not_heard_for_long_is_not_looked_at_less_for_it() -> None:
     path = [stage[0] for stage in PEERS]
     traffic = Traffic(STAGES)
