@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import structlog
 
@@ -81,11 +81,6 @@ class Owner(Protocol):
         """May raise `ProtocolError`: the message was such that the sender misbehaves, and is shut out (REJECT)."""
 
 
-class _Question(NamedTuple):
-    answer: asyncio.Future[tuple[Reply, memoryview]]
-    asked: float
-
-
 class Link:
     """The streams between us and one peer, and what is asked over them.
 
@@ -109,7 +104,7 @@ class Link:
         self.dialled = False
         self.answering = 0
         self._number = 0
-        self._questions: dict[int, _Question] = {}
+        self._questions: dict[int, asyncio.Future[tuple[Reply, memoryview]]] = {}
 
     @property
     def is_up(self) -> bool:
@@ -123,10 +118,6 @@ class Link:
     def round_trip(self) -> float | None:
         """Seconds, the least of all streams' heartbeats; None until one of them is sure of it."""
         return min((stream.round_trip for stream in self.streams if stream.timed >= _TIMES), default=None)
-
-    def waited(self, now: float) -> float:
-        """Seconds since we asked what has not been answered yet."""
-        return max((now - question.asked for question in self._questions.values()), default=0.0)
 
     @property
     def backlog(self) -> int:
@@ -146,13 +137,12 @@ class Link:
         """Ask, and wait for the answer. Raises `ProtocolError` with the peer's refusal, timed_out or unreachable."""
         self._number += 1
         number = self._number
-        question = self._questions[number] = _Question(
-            asyncio.get_running_loop().create_future(), monotonic()
-        )
+        question: asyncio.Future[tuple[Reply, memoryview]] = asyncio.get_running_loop().create_future()
+        self._questions[number] = question
         try:
             self.send(Request(number, method, wire.encode(body)), payload)
             async with asyncio.timeout(timeout):
-                reply, answer = await question.answer
+                reply, answer = await question
         except TimeoutError:
             raise ProtocolError(Reason.TIMED_OUT, f"{method} at {self.peer}") from None
         finally:
@@ -164,9 +154,9 @@ class Link:
     def take_reply(self, reply: Reply, payload: memoryview) -> bool:
         """False if nobody waits for it: it came too late, or was never asked for."""
         question = self._questions.get(reply.number)
-        if question is None or question.answer.done():
+        if question is None or question.done():
             return False
-        question.answer.set_result((reply, payload))
+        question.set_result((reply, payload))
         return True
 
     def close(self, *, abort: bool = False) -> None:
@@ -179,8 +169,8 @@ class Link:
         self.closed = True
         self.settled.set()
         for question in self._questions.values():
-            if not question.answer.done():
-                question.answer.set_exception(ProtocolError(Reason.UNREACHABLE, self.peer))
+            if not question.done():
+                question.set_exception(ProtocolError(Reason.UNREACHABLE, self.peer))
 
 
 class Switchboard:
@@ -486,7 +476,11 @@ class Switchboard:
             self._close(link, abort=True)
 
     async def _watch(self) -> None:
-        """Heartbeats: ping quiet streams, abort the silent ones, and open more where the round trip is long."""
+        """Heartbeats: ping quiet streams, abort the silent ones, and open more where the round trip is long.
+
+        Who dialled pings, and both hear each other by it; the other side does so only where it hears nothing. A busy
+        stream needs pings only at first, to tell its round trip.
+        """
         last = monotonic()
         while True:
             await asyncio.sleep(HEARTBEAT)
@@ -497,23 +491,13 @@ class Switchboard:
                 for stream in tuple(link.streams):
                     if stopped:
                         stream.last_heard = now
-                        continue
-                    missed = self._missed(link, stream, now)
-                    if missed > DEAD_AFTER:
+                    elif now - stream.last_heard > DEAD_AFTER:
                         self.refusals.count(link.peer, ProtocolError(Reason.TIMED_OUT, "no heartbeat"))
                         stream.abort()
-                    elif stream.greeted and _is_ping_due(link, stream, missed):
+                    elif stream.greeted and _is_ping_due(link, stream, now):
                         stream.ping()
                 if link.dialled and (link.round_trip or 0.0) > LONG_ROUND_TRIP:
                     self._tasks.spawn(self._widen(link))
-
-    def _missed(self, link: Link, stream: Stream, now: float) -> float:
-        """For how many seconds we have missed a word from the other end: since the last one. Where one of the ends
-        serves no stage, nobody's work waits for the other: there it is half as long, unless an answer is due."""
-        silent = now - stream.last_heard
-        if self.stage >= 0 and link.stage >= 0:
-            return silent
-        return max(silent / 2, min(silent, link.waited(now)))
 
     async def _widen(self, link: Link) -> None:
         """A single stream's window does not fill a long pipe: open a few, up to `STREAMS_WHEN_LONG`."""
@@ -524,9 +508,8 @@ class Switchboard:
                 return
 
 
-def _is_ping_due(link: Link, stream: Stream, missed: float) -> bool:
-    """Who dialled pings, and both hear each other by it; the other side does so only where it hears nothing. A busy
-    stream needs pings only at first, to tell its round trip."""
+def _is_ping_due(link: Link, stream: Stream, now: float) -> bool:
+    silent = now - stream.last_heard
     if link.dialled:
-        return stream.timed < _TIMES or missed > 3 * HEARTBEAT
-    return missed > 4 * HEARTBEAT
+        return stream.timed < _TIMES or silent > 3 * HEARTBEAT
+    return silent > 4 * HEARTBEAT

@@ -107,7 +107,7 @@ class VerificationSection(_Section):
 
     verifiers: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     quorum: Annotated[int, Field(ge=1)] = 1
-    sampling: Annotated[float, Field(gt=0, le=1)] = 0.03
+    sampling: Annotated[float, Field(gt=0, le=1)] = 0.04
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
     guard: Annotated[float, Field(gt=0)] = 6.0
     term: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] = 86400

@@ -18,8 +18,8 @@ from protocol.samples import DRAWN_WITHIN, KEPT_FOR, Passage
 from verifier.streams import StageIndex
 
 MAX_KNOWN = 4096
-SPEAK_WITHIN = 5.5
-"""Seconds within which everybody on a microbatch's way must have said what it did: until it is asked the next time."""
+SPEAK_WITHIN = 5.0
+"""Seconds within which everybody on a microbatch's way must have said what it did."""
 _HALF = 1.0
 """Seconds in which a microbatch's weight in the draw halves, from its end on: any may be drawn, and an attack is best
 seen soon."""

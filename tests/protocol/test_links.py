@@ -263,31 +263,6 @@ async def test_a_silent_stream_is_given_up(pair: Pair, monkeypatch: pytest.Monke
     assert asking.refusals.counts[Reason.TIMED_OUT] >= 1
 
 
-@pytest.mark.parametrize(
-    ("stages", "silent", "waited", "missed"),
-    [
-        ((0, 1), 5.0, 0.0, 5.0),
-        ((-1, 1), 5.0, 0.0, 2.5),
-        ((0, -1), 5.0, 0.0, 2.5),
-        ((-1, 1), 5.0, 4.0, 4.0),
-        ((-1, 1), 5.0, 9.0, 5.0),
-        ((-1, 1), 5.0, 1.0, 2.5),
-    ],
-)
-async def test_where_no_work_waits_silence_counts_half_but_for_an_answer_that_is_due(
-    pair: Pair, stages: tuple[int, int], silent: float, waited: float, missed: float
-) -> None:
-    _, asking, link = pair
-    (stream,) = link.streams
-    asking.stage, link.stage = stages
-    now = time.monotonic()
-    stream.last_heard = now - silent
-    if waited:
-        link._questions[0] = links._Question(asyncio.get_running_loop().create_future(), now - waited)
-    assert asking._missed(link, stream, now) == pytest.approx(missed)
-    link._questions.clear()
-
-
 # --- bans ---
 
 
