@@ -17,6 +17,7 @@ from cli.options import (
     IdentityFile,
     InviteText,
     Listen,
+    Threads,
     Verbose,
 )
 from cli.panel import NodePanel
@@ -41,7 +42,7 @@ def join(
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where checkpoints and data are kept.", metavar="DIR")
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads to compute with; 0: torch decides.", min=0)] = 0,
+    threads: Threads = 0,
     link_delay: Annotated[
         float, typer.Option(help="Milliseconds added to everything sent, to try a slow link.", min=0)
     ] = 0.0,
@@ -67,8 +68,6 @@ def join(
         sentinel-node join sentinel1-... --attack random-sign:0.3 --attack-direction gradient
     """
     parsed, wanted = Invite.parse(invite), _parse_stage(stage)
-    import torch
-
     from node.replica import Limits
     from node.volunteer import Volunteer, VolunteerConfig
     from protocol.host import DEFAULT_LISTEN
@@ -76,8 +75,7 @@ def join(
     orders = make_attack(attack, attack_direction, attack_start, duty)
     is_terminal = sys.stderr.isatty()
     logs.configure(verbose=verbose, quiet=is_terminal and not verbose)
-    if threads:
-        torch.set_num_threads(threads)
+    running.use_threads(threads)
     home = cache_dir or DEFAULT_HOME
     config = VolunteerConfig(
         invite=parsed,

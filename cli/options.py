@@ -23,6 +23,12 @@ Listen = Annotated[
 IdentityFile = Annotated[
     Path | None, typer.Option(help="Key file of this peer; made if it does not exist.", metavar="FILE")
 ]
+Threads = Annotated[
+    int,
+    typer.Option(
+        help="CPU threads to compute with, and as many for p2pd; 0: both decide by themselves.", min=0
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
 
 Schedule = Annotated[

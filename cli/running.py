@@ -35,6 +35,20 @@ def run_long(main: Coroutine[Any, Any, T]) -> T:
     return run(main)
 
 
+def use_threads(count: int) -> None:
+    """Compute with `count` threads, and give p2pd as many (Go's GOMAXPROCS) unless the environment says otherwise; 0:
+    both decide by themselves. Before p2pd starts.
+
+    With more than it needs, p2pd's threads pass work to and fro: with one there are 40% fewer switches between all
+    processes of a run on two processors.
+    """
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+        os.environ.setdefault("GOMAXPROCS", str(count))
+
+
 def stop_asked() -> asyncio.Event:
     """An event that the first Ctrl-C or SIGTERM sets; a second one ends the process at once."""
     asked = asyncio.Event()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from cli import logs, running
-from cli.options import DEFAULT_HOME, IdentityFile, InviteText, Listen, Verbose
+from cli.options import DEFAULT_HOME, IdentityFile, InviteText, Listen, Threads, Verbose
 from protocol.invite import Invite
 
 if TYPE_CHECKING:
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 def verify(
     invite: InviteText,
     identity: IdentityFile = None,
-    threads: Annotated[int, typer.Option(help="CPU threads to judge with; 0: torch decides.", min=0)] = 1,
+    threads: Threads = 1,
     listen: Listen = None,
     verbose: Verbose = False,
 ) -> None:
@@ -33,14 +31,11 @@ def verify(
         sentinel-node verify sentinel1-... --identity run.verifier1.key --listen /ip4/0.0.0.0/tcp/31338
     """
     parsed = Invite.parse(invite)
-    import torch
-
     from protocol.host import DEFAULT_LISTEN
     from verifier.service import Verifier, VerifierConfig
 
     logs.configure(verbose=verbose)
-    if threads:
-        torch.set_num_threads(threads)
+    running.use_threads(threads)
     key = identity or DEFAULT_HOME / "verifier.key"
     running.run_long(_serve(Verifier(VerifierConfig(parsed, key, tuple(listen or DEFAULT_LISTEN)))))
 

@@ -374,8 +374,11 @@ def flat_norm(flat: Tensor) -> float:
 
 
 def chunk_digest(chunk: bytes | memoryview) -> bytes:
-    """BLAKE3 of one chunk of state; on all cores where that pays."""
-    threads = blake3.AUTO if len(chunk) >= _PARALLEL_HASH_BYTES else 1
+    """BLAKE3 of one chunk of state, on as many threads as torch may use where that pays.
+
+    Not on more: threads that look for work that there is not keep yielding the processor, a thousand times a minute.
+    """
+    threads = torch.get_num_threads() if len(chunk) >= _PARALLEL_HASH_BYTES else 1
     return blake3(chunk, max_threads=threads).digest()
 
 
