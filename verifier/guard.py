@@ -22,13 +22,14 @@ from torch import Tensor
 from verifier import features
 from verifier.baseline import Centring, MeanTensor, Recent
 from verifier.senders import Apart, Latest, Sums
-from verifier.streams import Direction, Mask, Peer
+from verifier.streams import Direction, Peer
 
 _Seen: TypeAlias = npt.NDArray[np.float32]
 
 _ELEMENTS = 2048
 _FEWEST_PLACES = 4
 _MOST_CHANNELS = 128
+_ONE = np.float32(1)
 _ROUNDING = 1e-5
 """Of a projection: what may tell equal tokens apart."""
 # Learning costs as much as looking. What is usual of measures it learns from every tensor while it is young, then from
@@ -144,23 +145,25 @@ class Guard:
         if self._usual is None:
             self._usual = self._what_is_usual(seen)
         usual, elements = self._usual, seen.size
-        away = (seen - usual.mean).ravel()
-        square, squares = float(np.vdot(away, away)), float(np.vdot(seen, seen))
-        flips = np.count_nonzero(np.signbit(seen) != usual.negative) / elements
-        tokens = seen.reshape(-1, seen.shape[-1])
-        own = _project(tokens)
-        if not math.isfinite(square + squares) or bool(own[0, -1] - own[0, 0] <= _ROUNDING * abs(own[0, 0])):
+        flat, tokens = seen.ravel(), seen.reshape(-1, seen.shape[-1])
+        away = flat - usual.mean
+        square, squares = float(np.vdot(away, away)), float(np.vdot(flat, flat))
+        # The signs' product is 1 where they agree, and -1 where not.
+        flips = 0.5 - float(np.vdot(np.copysign(_ONE, flat), usual.signs)) / (2 * elements)
+        own = usual.directions @ tokens.T
+        own.sort(axis=1)
+        least, most = own.item(0), own.item(len(tokens) - 1)
+        if not math.isfinite(square + squares) or most - least <= _ROUNDING * abs(least):
             return None
         apart = (own - usual.projected).ravel()
-        distances = (
-            _size(away) / elements, math.sqrt(square / elements) / usual.size, flips, _size(apart) / own.size
-        )  # fmt: skip
         # Of the angle to the mean, by the law of cosines; rounding may make more of it than there can be.
         length = usual.size * math.sqrt(elements)
         mean = (squares + length**2 - square) / (2 * length * math.sqrt(squares))
         moments = usual.agreement(self._at_channels(tokens))
+        l1, flipped, sliced = _size(away) / elements, max(0.0, flips), _size(apart) / own.size
+        distances = l1, math.sqrt(square / elements) / usual.size, flipped, sliced
         return _Measures(
-            [math.log(one + least) for one, least in zip(distances, features.LEAST, strict=True)],
+            [math.log(one + few) for one, few in zip(distances, features.LEAST, strict=True)],
             (max(-1.0, min(1.0, mean)), math.log(moments + features.TINY)),
         )
 
@@ -171,11 +174,15 @@ class Guard:
             moments = np.eye(min(seen.shape[-1], _MOST_CHANNELS), dtype=np.float32)
         else:
             moments = self._moments.value.numpy()
+        directions: _Seen = np.ascontiguousarray(features.projections(seen.shape[-1]).numpy().T)
+        projected = np.sort(directions @ mean.T, axis=1)
+        every = np.tile(mean.ravel(), len(seen))
         return _Usual(
-            mean,
-            np.signbit(mean),
+            every,
+            np.copysign(_ONE, every),
             math.sqrt(float(np.vdot(mean, mean)) / mean.size) + features.TINY,
-            _project(mean).repeat(len(seen), axis=1),
+            directions,
+            projected.repeat(len(seen), axis=1),
             moments / (math.sqrt(float(np.vdot(moments, moments))) + features.TINY),
         )
 
@@ -190,12 +197,14 @@ class _Measures(NamedTuple):
 
 @dataclass(frozen=True)
 class _Usual:
-    """The mean (P, W), which of it is negative, its root mean square, its sorted projections, each as often as there
-    are sequences; and the tokens' second moments (channels, channels), of norm 1."""
+    """The mean (P W) and its signs, -1 or 1, each as often as there are sequences, so that nothing is left to fit to
+    what is seen; its root mean square; the directions (directions, W), and the mean's sorted projections on them, each
+    as often, too; and the tokens' second moments (channels, channels), of norm 1."""
 
     mean: _Seen
-    negative: Mask
+    signs: _Seen
     size: float
+    directions: _Seen
     projected: _Seen
     moments: _Seen
 
@@ -204,13 +213,6 @@ class _Usual:
         by the tokens' squared lengths. At most 1, as where all of them are along one direction."""
         squares = max(float(np.vdot(tokens, tokens)), features.TINY)
         return float(np.vdot(tokens @ self.moments, tokens)) / squares
-
-
-def _project(tokens: _Seen) -> _Seen:
-    """(directions, tokens) sorted projections of tokens (tokens, W)."""
-    projected: _Seen = features.projections(tokens.shape[-1]).numpy().T @ tokens.T
-    projected.sort(axis=1)
-    return projected
 
 
 def _size(numbers: _Seen) -> float:

@@ -54,7 +54,7 @@ _FEW = 4
 """Samples of a peer below which it is new."""
 _ACCUSED, _NEWCOMER = 2.0, 0.5
 """What it is worth to have one in a panel, in replicas more."""
-_PULSE, _STALL = 0.5, 3.0
+_PULSE, _STALL = 1.0, 3.0
 _ITS_OWN_DOING = frozenset(
     {
         Reason.FOREIGN_RUN,
