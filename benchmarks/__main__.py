@@ -22,10 +22,9 @@ os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
 
 import structlog
 import torch
-import uvloop
 from rich.console import Console
 
-from benchmarks import gossip
+from benchmarks import gossip, swarm
 from benchmarks.figures import Ratio, Report, family_seconds, machine
 from benchmarks.throughput import speed_manifest, swarm_speed, tiny_manifest, uncut_speed
 from benchmarks.transport import (
@@ -212,7 +211,7 @@ def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     _console.print(machine())
     try:
-        uvloop.run(_measure(options))
+        swarm.run(_measure(options))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
 

@@ -22,10 +22,10 @@ from typing import Any
 # hivemind reads it when it is imported, here and in the processes that we start.
 os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
 
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import swarm
 from benchmarks.demo import Threat, run_demo
 from benchmarks.figures import machine
 from benchmarks.throughput import speed_manifest
@@ -194,8 +194,10 @@ def main() -> None:
             chosen.seeds, chosen.rounds, chosen.pairs, chosen.start, chosen.attacks, chosen.directions
         )
     )
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        rows = runner.run(work)
+    try:
+        rows = swarm.run(work)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)
     found = costs(rows)
     if not chosen.wide:
         _console.print(tabulate(rows))

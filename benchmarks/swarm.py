@@ -12,14 +12,16 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
+
+import uvloop
 
 from node.observer import Observer
 from protocol.errors import BannedError, SentinelError
@@ -28,6 +30,8 @@ from protocol.identity import Identity, PeerId
 from protocol.invite import Invite
 from protocol.manifest import Manifest, SignedManifest, VerificationSection
 
+T = TypeVar("T")
+
 _INVITE_WITHIN = 60.0
 _STOP_WITHIN = 25.0
 _POLL = 0.1
@@ -35,6 +39,20 @@ _POLL = 0.1
 
 class SwarmError(SentinelError):
     """A process of the swarm did not do what it should; says where its log is."""
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run what starts swarms, on uvloop. SIGTERM cancels it, as Ctrl-C does, so that they are stopped: their processes
+    would go on without it. Raises `CancelledError` then."""
+
+    async def cancellable() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await main
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(cancellable())
 
 
 def _entry_point() -> EntryPoint:
