@@ -376,7 +376,7 @@ def flat_norm(flat: Tensor) -> float:
 def chunk_digest(chunk: bytes | memoryview) -> bytes:
     """BLAKE3 of one chunk of state, on as many threads as torch may use where that pays.
 
-    Not on more: threads that look for work that there is not keep yielding the processor, a thousand times a minute.
+    Not on more: threads that have nothing to hash yield the processor in a loop, tens of times for each state.
     """
     threads = torch.get_num_threads() if len(chunk) >= _PARALLEL_HASH_BYTES else 1
     return blake3(chunk, max_threads=threads).digest()

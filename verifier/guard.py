@@ -149,7 +149,7 @@ class Guard:
         away = flat - usual.mean
         square, squares = float(np.vdot(away, away)), float(np.vdot(flat, flat))
         # The signs' product is 1 where they agree, and -1 where not.
-        flips = 0.5 - float(np.vdot(np.copysign(_ONE, flat), usual.signs)) / (2 * elements)
+        flips = max(0.0, 0.5 - float(np.vdot(np.copysign(_ONE, flat), usual.signs)) / (2 * elements))
         own = usual.directions @ tokens.T
         own.sort(axis=1)
         least, most = own.item(0), own.item(len(tokens) - 1)
@@ -160,8 +160,9 @@ class Guard:
         length = usual.size * math.sqrt(elements)
         mean = (squares + length**2 - square) / (2 * length * math.sqrt(squares))
         moments = usual.agreement(self._at_channels(tokens))
-        l1, flipped, sliced = _size(away) / elements, max(0.0, flips), _size(apart) / own.size
-        distances = l1, math.sqrt(square / elements) / usual.size, flipped, sliced
+        distances = (
+            _size(away) / elements, math.sqrt(square / elements) / usual.size, flips, _size(apart) / own.size
+        )  # fmt: skip
         return _Measures(
             [math.log(one + few) for one, few in zip(distances, features.LEAST, strict=True)],
             (max(-1.0, min(1.0, mean)), math.log(moments + features.TINY)),
@@ -174,7 +175,7 @@ class Guard:
             moments = np.eye(min(seen.shape[-1], _MOST_CHANNELS), dtype=np.float32)
         else:
             moments = self._moments.value.numpy()
-        directions: _Seen = np.ascontiguousarray(features.projections(seen.shape[-1]).numpy().T)
+        directions: _Seen = features.projections(seen.shape[-1]).numpy().T
         projected = np.sort(directions @ mean.T, axis=1)
         every = np.tile(mean.ravel(), len(seen))
         return _Usual(
