@@ -308,13 +308,14 @@ class StagePasses:
             raise ProtocolError(Reason.FLAGGED, str(receipt.microbatch))
 
     def _is_odd_itself(self, receipt: Receipt) -> bool:
-        """Whether it seems to be the text that is odd: another sender's tensor of it was flagged here before, or it was
-        lost so often that it would be lost for ever, and the run with it."""
-        key = (receipt.microbatch.slot, receipt.direction)
+        """Whether it seems to be the text that is odd: another sender's tensor of it was flagged here before, or this
+        one's and there is no other; or it was lost so often that it would be lost for ever, and the run with it."""
+        key, sender = (receipt.microbatch.slot, receipt.direction), receipt.sender
         senders = self._flagged.setdefault(key, set())
-        if senders - {receipt.sender} or receipt.microbatch.attempt >= _LENIENT_FROM:
+        is_known = senders - {sender} or (senders and self.guards[receipt.direction].hears_only(sender))
+        if is_known or receipt.microbatch.attempt >= _LENIENT_FROM:
             return True
-        senders.add(receipt.sender)
+        senders.add(sender)
         if len(self._flagged) > _MAX_FLAGGED:
             self._flagged.popitem(last=False)
         return False

@@ -92,6 +92,10 @@ class Guard:
             self._scales = None
         return not is_odd
 
+    def hears_only(self, sender: Peer) -> bool:
+        """Whether nobody else has sent anything of late."""
+        return self._latest.are_all_of(sender)
+
     def _is_odd(self, values: _Measures, sender: Peer) -> bool:
         deviations = (
             usual.deviation(value, _FINEST)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from statistics import median_low
 
 from verifier.streams import Peer
 
-_LATEST = 24
+_LATEST, _OF_EACH = 24, 8
 _MOST_SENDERS = 256
 _AT_ONCE = 0.75
 """Of its limit: the most that a single tensor adds to a sum."""
 
 
 class Latest:
-    """The latest tensors, by sender, and which of them were odd."""
+    """The latest tensors, by sender, and which of them were odd; of a sender no more than its latest eight count, so
+    that one that sends alone is believed as soon as it would be among others."""
 
     def __init__(self) -> None:
         self._latest: deque[tuple[Peer, bool]] = deque(maxlen=_LATEST)
@@ -24,11 +25,19 @@ class Latest:
         self._latest.append((sender, is_odd))
         if not is_odd or len(self._latest) < _LATEST:
             return False
-        sent, odd = Counter(one for one, _ in self._latest), Counter(one for one, was in self._latest if was)
-        if 2 * sum(2 * odd[peer] > sent[peer] for peer in sent) <= len(sent):
+        of_each: dict[Peer, list[bool]] = {}
+        for peer, was in reversed(self._latest):
+            own = of_each.setdefault(peer, [])
+            if len(own) < _OF_EACH:
+                own.append(was)
+        if 2 * sum(2 * sum(own) > len(own) for own in of_each.values()) <= len(of_each):
             return False
         self._latest.clear()
         return True
+
+    def are_all_of(self, sender: Peer) -> bool:
+        """Whether nobody else has sent anything of late."""
+        return all(one == sender for one, _ in self._latest)
 
 
 def _note_latest(known: OrderedDict[Peer, float], sender: Peer, value: float) -> None:

@@ -102,8 +102,14 @@ def test_a_tensor_that_came_before_is_flagged_though_labels_and_receipt_are_new(
 
 
 class _FlagsAll:
+    def __init__(self, only: str | None = None) -> None:
+        self._only = only
+
     def check(self, tensor: torch.Tensor, sender: str) -> bool:
         return False
+
+    def hears_only(self, sender: str) -> bool:
+        return sender == self._only
 
 
 def test_a_text_that_is_odd_by_itself_is_not_lost_for_ever(chain: list[StagePasses]) -> None:
@@ -122,6 +128,16 @@ def test_a_text_that_is_odd_by_itself_is_not_lost_for_ever(chain: list[StagePass
     assert tail.tail(sent_by(one, slot=5, attempt=6), 5, covered=True).loss is not None
     with pytest.raises(ProtocolError, match="flagged"):
         tail.tail(sent_by(other, slot=9), 9, covered=True)
+
+
+def test_an_odd_text_of_the_only_sender_is_used_when_it_comes_again(chain: list[StagePasses]) -> None:
+    """Nobody else could bring it: to refuse it again and again would only hold up the round."""
+    tail, plain, one = chain[1], received(chain, inject(chain, 0)), Identity.generate()
+    tail.guards = {Direction.ACTIVATION: _FlagsAll(only=one.peer_id)}  # type: ignore[dict-item]
+    for slot in range(2):
+        with pytest.raises(ProtocolError, match="flagged"):
+            tail.tail(sworn(plain, one, slot), slot, covered=True)
+        assert tail.tail(sworn(plain, one, slot, attempt=1), slot, covered=True).loss is not None
 
 
 @pytest.mark.parametrize("reason", [Reason.NOT_FINITE, Reason.MALFORMED])

@@ -148,6 +148,25 @@ def test_it_follows_a_stream_that_changed_as_a_whole() -> None:
     assert all(passed[40:])
 
 
+@pytest.mark.parametrize("senders", [1, 2, 3])
+def test_however_few_senders_there_are_few_tensors_are_flagged_before_it_follows(senders: int) -> None:
+    guard, generator = taught()
+    for place in range(24):
+        assert guard.check(honest(generator), f"peer{place % senders}")
+    passed = [guard.check(5 * honest(generator), f"peer{place % senders}") for place in range(100)]
+    assert not passed[0] and all(passed[15:]), passed
+    if senders == 1:
+        assert all(passed[5:]), passed
+
+
+def test_it_knows_whether_it_hears_of_one_sender_only() -> None:
+    guard, generator = taught()
+    assert not guard.hears_only("peer0")
+    for _ in range(24):
+        guard.check(honest(generator), "peer0")
+    assert guard.hears_only("peer0") and not guard.hears_only("peer1")
+
+
 def test_receivers_look_at_different_places() -> None:
     places = [taught(1, seed)[0]._places for seed in range(5)]
     assert all(place is not None for place in places)
