@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -42,8 +43,8 @@ class SwarmError(SentinelError):
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run what starts swarms, on uvloop. SIGTERM cancels it, as Ctrl-C does, so that they are stopped: their processes
-    would go on without it. Raises `CancelledError` then."""
+    """Run what starts swarms, on uvloop. SIGTERM cancels it, as Ctrl-C does, so that they are stopped in order.
+    Raises `CancelledError` then."""
 
     async def cancellable() -> T:
         task = asyncio.current_task()
@@ -68,8 +69,17 @@ def become(arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.setpgrp()  # Ctrl-C at the terminal is for the parent, which stops its children in order.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.argv = ["sentinel-node", *arguments]
     _entry_point().load()()
+
+
+def _end_with_parent() -> None:
+    """Who is killed cannot stop its children: they would go on without it, and nobody would know of them."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass
