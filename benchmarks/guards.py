@@ -49,11 +49,13 @@ _console = Console(soft_wrap=True)
 
 @dataclass(frozen=True)
 class Passage:
-    """One microbatch of a round: what each stage but the last sends on, each but the first sends back, and the loss."""
+    """One microbatch of a round: what each stage but the last sends on, each but the first sends back, its labels, and
+    the loss."""
 
     round: int
     slot: int
     sent: Mapping[tuple[Direction, int], Tensor]
+    labels: Tensor
     loss: float
 
 
@@ -104,7 +106,7 @@ class Dealing:
         for (direction, stage), tensor in passage.sent.items():
             is_honest = stage != INNER or path[INNER] != 0 or direction not in lies
             if is_honest:
-                passes = self._look(direction, stage, path, tensor)
+                passes = self._look(direction, stage, path, tensor, passage.labels)
                 self.honest.setdefault(direction.value, Tally()).note(not passes)
                 continue
             if direction is _A:
@@ -114,16 +116,21 @@ class Dealing:
                 continue
             # What is not finite is refused before the guard is asked.
             is_finite = bool(torch.isfinite(lie.tensor.sum()))
-            passes = is_finite and self._look(direction, stage, path, lie.tensor)
+            passes = is_finite and self._look(direction, stage, path, lie.tensor, passage.labels)
             if direction is _A:
                 passes = passes and self._look_at_loss(path, lie.loss)
             self.lies.setdefault(direction, Tally()).note(not passes)
         if loss is not None:
             self.honest.setdefault("loss", Tally()).note(not self._look_at_loss(path, loss))
 
-    def _look(self, direction: Direction, stage: int, path: Sequence[int], tensor: Tensor) -> bool:
+    def _look(
+        self, direction: Direction, stage: int, path: Sequence[int], tensor: Tensor, labels: Tensor
+    ) -> bool:
         receiver = stage + 1 if direction is _A else stage - 1
-        return self._guards[receiver, direction, path[receiver]].check(tensor, _name(stage, path))
+        guard, answered = self._guards[receiver, direction, path[receiver]], None
+        if direction is _G:
+            answered = labels.numpy()
+        return guard.check(tensor, _name(stage, path), answered)
 
     def _look_at_loss(self, path: Sequence[int], loss: float) -> bool:
         return self._loss_guards[path[-1]].check(loss, _name(STAGES - 2, path))
@@ -139,8 +146,8 @@ def _name(stage: int, path: Sequence[int]) -> PeerId:
     return PeerId(f"stage{stage}-{path[stage]}")
 
 
-def passages(manifest: Manifest, stages: Sequence[StageTrainer]) -> Iterator[tuple[Passage, Tensor]]:
-    """Train, and say what was sent of each microbatch, with its labels."""
+def passages(manifest: Manifest, stages: Sequence[StageTrainer]) -> Iterator[Passage]:
+    """Train, and say what was sent of each microbatch."""
     corpus, size = open_corpus(manifest), manifest.batch.microbatches
     first, inner, last = stages
     for round_ in range(manifest.schedule.rounds):
@@ -155,14 +162,14 @@ def passages(manifest: Manifest, stages: Sequence[StageTrainer]) -> Iterator[tup
             assert returned is not None
             first.backward(begun, returned, accumulate=True)
             sent = {(_A, 0): begun.output, (_A, 1): passed.output, (_G, 2): gradient, (_G, 1): returned}
-            yield Passage(round_, slot, sent, loss), labels
+            yield Passage(round_, slot, sent, labels, loss)
         for stage in stages:
             gradient, count = stage.take_gradient()
             stage.step(gradient / count)
 
 
 def _lies(
-    sabotage: Sabotage, passage: Passage, labels: Tensor, stages: Sequence[StageTrainer]
+    sabotage: Sabotage, passage: Passage, stages: Sequence[StageTrainer]
 ) -> dict[Direction, Lie | None]:
     """What the attacker sends of a microbatch instead of its outputs, once it has begun; None for nothing."""
     _, inner, last = stages
@@ -179,7 +186,7 @@ def _lies(
             lies[direction] = None
         elif tensor is not output:
             with torch.no_grad():
-                loss = float(last.module.loss(tensor, labels)) if direction is _A else passage.loss
+                loss = float(last.module.loss(tensor, passage.labels)) if direction is _A else passage.loss
             lies[direction] = Lie(tensor, loss)
     return lies
 
@@ -196,8 +203,8 @@ def measure(manifest: Manifest, attacks: Sequence[str], dealings: int, start: in
         Dealing(spec, 1000 * seed + number) for spec in (_NOBODY, *attacks) for number in range(dealings)
     ]
     count = manifest.schedule.rounds * manifest.batch.microbatches
-    for passage, labels in track(passages(manifest, stages), f"seed {seed}", total=count, console=_console):
-        lies = {spec: _lies(one, passage, labels, stages) for spec, one in sabotages.items()}
+    for passage in track(passages(manifest, stages), f"seed {seed}", total=count, console=_console):
+        lies = {spec: _lies(one, passage, stages) for spec, one in sabotages.items()}
         for dealing in found:
             dealing.deal(passage, lies.get(dealing.attack, {}))
     return found

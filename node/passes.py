@@ -127,7 +127,7 @@ class StagePasses:
 
     def backward(self, graph: Pass, received: Held, slot: int, *, covered: bool) -> Returned:
         """Raises `ProtocolError`: as `forward`, or stale if the weights have moved on too far since then."""
-        gradient = self._read(received, Direction.GRADIENT)
+        gradient = self._read(received, Direction.GRADIENT, graph.labels)
         version = self.trainer.version
         if version - graph.version > 1:
             raise ProtocolError(Reason.STALE, f"version {graph.version} at {version}")
@@ -238,7 +238,7 @@ class StagePasses:
 
     def _forward(self, x: Tensor, labels: memoryview, input_digest: bytes, slot: int) -> Forwarded:
         graph = self.trainer.forward(x)
-        graph.state = self.state_of(graph.version)
+        graph.state, graph.labels = self.state_of(graph.version), labels
         inputs = graph.output if self.trainer.module.is_first else x
 
         def redo(ago: int) -> Tensor:
@@ -272,22 +272,24 @@ class StagePasses:
             return slot // self._manifest.batch.microbatches == version == self.trainer.version
         return self.trainer.version - version <= 1
 
-    def _read(self, received: Held, direction: Direction) -> Tensor:
+    def _read(self, received: Held, direction: Direction, labels: memoryview | None = None) -> Tensor:
+        """`labels`: what a gradient answers."""
         x = decode_tensor(received.payload[: self.header.size], self.header, self._device)
         # One pass without a mask in memory: the sum is finite only if every element is.
         if not bool(torch.isfinite(x.sum())):
             raise ProtocolError(Reason.NOT_FINITE)
-        self._ask_guard(x, received, direction)
+        self._ask_guard(x, received, direction, labels)
         return x
 
-    def _ask_guard(self, x: Tensor, received: Held, direction: Direction) -> None:
+    def _ask_guard(self, x: Tensor, received: Held, direction: Direction, labels: memoryview | None) -> None:
         """Raises `ProtocolError` (flagged)."""
         guard, signed = self.guards.get(direction), received.receipt
         if guard is None or signed is None:
             return
         began, receipt = thread_time(), signed.receipt
         is_new = self._repeats.check(receipt.sender, digest(*received.leaves[: len(x)]), receipt.input)
-        passes = guard.check(x, receipt.sender) and is_new
+        answered = None if labels is None else np.frombuffer(labels, np.int32).reshape(x.shape[:2])
+        passes = guard.check(x, receipt.sender, answered) and is_new
         self.guard_seconds += thread_time() - began
         if not passes:
             self._flag(receipt)

@@ -31,6 +31,8 @@ class Pass:
     def __init__(self, x: Tensor, output: Tensor, leaves: Sequence[Tensor], version: int) -> None:
         self.version = version
         self.state = b""
+        self.labels = memoryview(b"")
+        """As they go on with the output."""
         self.output = _to_host(output.detach())
         self._x: Tensor | None = x
         self._graph: Tensor | None = output

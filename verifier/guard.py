@@ -1,7 +1,8 @@
 """The inline guard: what a receiver asks of every tensor before it uses it. It sees single tensors, not their inputs.
 
 The paper's check on the statistics of `verifier.features`; and how well the tensor agrees with the stream in its mean
-and in what its channels have in common, which tells noise of the right size, and whose signs were changed. All of it on
+and in what its channels have in common, which tells noise of the right size, and whose signs were changed; and how well
+a gradient agrees with its labels, which tells that it is another's, or was turned round. All of it on
 the tokens at a few places that the receiver draws by itself and tells nobody: a corruption of the whole tensor shows
 there as well as anywhere, and looking at every element of every tensor would cost more than the check is worth. In
 NumPy, and plain floats where there are few of them: when a stage has worked, nothing of this is in a cache any more, so
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from verifier import features
 from verifier.baseline import Centring, MeanTensor, Recent
+from verifier.labels import ByLabel, Labels
 from verifier.senders import Apart, Latest, Sums
 from verifier.streams import Direction, Peer
 
@@ -40,8 +42,8 @@ _NEWBORN, _LEARNS_TENSORS_EVERY = 16, 8
 # Each time that they are learned: of means the paper's, per step of eight replicas.
 _MEANS_KEPT = {Direction.ACTIVATION: 0.9 ** (1 / 4), Direction.GRADIENT: 0.8 ** (1 / 4)}
 _MOMENTS_KEPT = 0.9
-_FINEST = 0.1
-"""Of what a tensor agrees by: less than that is no difference."""
+_FINEST = (0.1, 0.1, 0.05)
+"""Of what a tensor agrees by, as in `_Measures`: less than that is no difference."""
 _DISAGREEMENT_ALLOWED = 3.0
 """Standard deviations each time: what honest texts disagree by has a heavy tail."""
 # What honest gradients do: in training their sizes change severalfold within a few microbatches, all at once. In logs,
@@ -62,26 +64,30 @@ class Guard:
         self._mean = MeanTensor(_MEANS_KEPT[direction])
         self._moments = MeanTensor(_MOMENTS_KEPT)
         self._centring = Centring(len(features.MARGINAL), _FLOORS[direction])
-        self._agreement = (Recent(), Recent())
+        self._by_label: ByLabel | None = None
+        self._agreement = (Recent(), Recent(), Recent())
         self._disagreement = Sums(_DISAGREEMENT_ALLOWED, limit)
         self._apart = Apart()
         self._latest = Latest()
         self._places: torch.Tensor | None = None
+        self._numbers: npt.NDArray[np.int64] | None = None
         self._channels: npt.NDArray[np.int64] | None = None
         self._usual: _Usual | None = None
         self._scales: tuple[list[float], list[float]] | None = None
         self.checked = self.flagged = 0
 
-    def check(self, tensor: Tensor, sender: Peer) -> bool:
-        """Whether a tensor (B, T, W) of any floating dtype, on any device, may be used."""
+    def check(self, tensor: Tensor, sender: Peer, labels: Labels | None = None) -> bool:
+        """Whether a tensor (B, T, W) of any floating dtype, on any device, may be used. `labels` (B, T): a
+        gradient's."""
         seen = self._look(tensor)
-        values = self._measure(seen)
+        own = None if labels is None else labels[:, self._numbers].ravel()
+        values = self._measure(seen, own)
         is_odd = values is None or self._is_odd(values, sender)
         if values is not None and not is_odd:
             if self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0:
                 self._learn(values)
             if self.checked < _NEWBORN or self.checked % _LEARNS_TENSORS_EVERY == 0:
-                self._learn_tensor(seen)
+                self._learn_tensor(seen, own)
         self.checked += 1
         self.flagged += is_odd
         if self._latest.note(sender, is_odd):
@@ -98,8 +104,8 @@ class Guard:
 
     def _is_odd(self, values: _Measures, sender: Peer) -> bool:
         deviations = (
-            usual.deviation(value, _FINEST)
-            for usual, value in zip(self._agreement, values.agreement, strict=True)
+            usual.deviation(value, finest)
+            for usual, value, finest in zip(self._agreement, values.agreement, _FINEST, strict=True)
         )
         if self._disagreement.add(sender, self._apart.beyond(sender, -min(deviations))):
             return True
@@ -120,11 +126,15 @@ class Guard:
             usual.learn(value)
         self._scales = None
 
-    def _learn_tensor(self, seen: _Seen) -> None:
+    def _learn_tensor(self, seen: _Seen, labels: Labels | None) -> None:
         self._mean.update(torch.from_numpy(seen.mean(0)), 1)
         tokens = self._at_channels(seen.reshape(-1, seen.shape[-1]))
         size = max(float(np.vdot(tokens, tokens)), features.TINY)
         self._moments.update(torch.from_numpy(tokens.T @ tokens / size), 1)
+        if labels is not None:
+            if self._by_label is None:
+                self._by_label = ByLabel(tokens.shape[1])
+            self._by_label.learn(tokens, labels)
         self._usual = None
 
     def _look(self, tensor: Tensor) -> _Seen:
@@ -132,8 +142,8 @@ class Guard:
         sequences, tokens, width = tensor.shape
         if self._places is None:
             count = min(tokens, max(_FEWEST_PLACES, _ELEMENTS // (sequences * width)))
-            drawn = self._generator.choice(tokens, count, replace=False)
-            self._places = torch.from_numpy(np.sort(drawn)).to(tensor.device)
+            self._numbers = np.sort(self._generator.choice(tokens, count, replace=False))
+            self._places = torch.from_numpy(self._numbers).to(tensor.device)
             if width > _MOST_CHANNELS:
                 self._channels = np.sort(self._generator.choice(width, _MOST_CHANNELS, replace=False))
         seen: _Seen = tensor.detach().index_select(1, self._places).to("cpu", torch.float32).numpy()
@@ -143,7 +153,7 @@ class Guard:
         """Tokens (n, W) at our channels, which are all where there are few."""
         return tokens if self._channels is None else tokens[:, self._channels]
 
-    def _measure(self, seen: _Seen) -> _Measures | None:
+    def _measure(self, seen: _Seen, labels: Labels | None) -> _Measures | None:
         """None for what is not finite, and where every token is the same: then there is nothing of the text in them,
         however near to the mean they are."""
         if self._usual is None:
@@ -163,13 +173,17 @@ class Guard:
         # Of the angle to the mean, by the law of cosines; rounding may make more of it than there can be.
         length = usual.size * math.sqrt(elements)
         mean = (squares + length**2 - square) / (2 * length * math.sqrt(squares))
-        moments = usual.agreement(self._at_channels(tokens))
+        chosen = self._at_channels(tokens)
+        moments = usual.agreement(chosen)
+        answer = 0.0
+        if labels is not None and self._by_label is not None:
+            answer = self._by_label.agreement(chosen, labels)
         distances = (
             _size(away) / elements, math.sqrt(square / elements) / usual.size, flips, _size(apart) / own.size
         )  # fmt: skip
         return _Measures(
             [math.log(one + few) for one, few in zip(distances, features.LEAST, strict=True)],
-            (max(-1.0, min(1.0, mean)), math.log(moments + features.TINY)),
+            (max(-1.0, min(1.0, mean)), math.log(moments + features.TINY), answer),
         )
 
     def _what_is_usual(self, seen: _Seen) -> _Usual:
@@ -194,10 +208,10 @@ class Guard:
 
 class _Measures(NamedTuple):
     """The logarithms of `features.marginal_distances`; and how far the tensor agrees with the stream in its mean (a
-    cosine) and in its moments (a logarithm)."""
+    cosine) and in its moments (a logarithm), and a gradient with its labels (a cosine, 0 of anything else)."""
 
     distances: list[float]
-    agreement: tuple[float, float]
+    agreement: tuple[float, float, float]
 
 
 @dataclass(frozen=True)

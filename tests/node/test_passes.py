@@ -82,7 +82,7 @@ def sworn(held: Held, sender: Identity, slot: int, attempt: int = 0, made_of: by
 
 
 class _PassesAll:
-    def check(self, tensor: torch.Tensor, sender: str) -> bool:
+    def check(self, tensor: torch.Tensor, sender: str, labels: object) -> bool:
         return True
 
 
@@ -105,7 +105,7 @@ class _FlagsAll:
     def __init__(self, only: str | None = None) -> None:
         self._only = only
 
-    def check(self, tensor: torch.Tensor, sender: str) -> bool:
+    def check(self, tensor: torch.Tensor, sender: str, labels: object) -> bool:
         return False
 
     def hears_only(self, sender: str) -> bool:

@@ -42,7 +42,7 @@ def test_its_statistics_are_those_of_the_core() -> None:
     assert guard._places is not None and guard._mean.value is not None
     seen = tensor[:, guard._places]
     expected = features.marginal_distances(seen[None], guard._mean.value, features.projections(SHAPE[2]))
-    values = guard._measure(seen.numpy())
+    values = guard._measure(seen.numpy(), None)
     assert values is not None
     assert values.distances == pytest.approx(features.log_marginal(expected)[0], abs=1e-4)
 
