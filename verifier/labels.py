@@ -10,6 +10,8 @@ import numpy.typing as npt
 _Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.integer]
 
+_TINY = np.float32(1e-20)
+
 
 class ByLabel:
     """The mean direction of the gradient at a token, for each label: a last stage's gradient is what the label's
@@ -26,16 +28,20 @@ class ByLabel:
         self._means = np.zeros((self.rows, channels), np.float32)
 
     def agreement(self, tokens: _Vectors, labels: Labels) -> float:
-        """The cosine between tokens (n, channels) and what is usual of their labels (n,); 0 as long as nothing is known
-        of any."""
+        """The mean cosine between tokens (n, channels) and what is usual of their labels (n,), which counts for as much
+        as it is long; 0 as long as nothing is known of any."""
         expected = self._means[labels % self.rows]
-        sizes = float(np.vdot(tokens, tokens)) * float(np.vdot(expected, expected))
-        return float(np.vdot(tokens, expected)) / math.sqrt(sizes) if sizes > 0 else 0.0
+        cosines = np.vecdot(tokens, expected) / _lengths(tokens)
+        size = float(np.vdot(expected, expected)) * len(tokens)
+        return float(cosines.sum()) / math.sqrt(size) if size > 0 else 0.0
 
     def learn(self, tokens: _Vectors, labels: Labels) -> None:
-        """As `agreement`. In units of the tokens' root mean square, since gradients' sizes change; of a label that
-        occurs more than once, from one of its tokens."""
-        scale = math.sqrt(float(np.vdot(tokens, tokens)) / tokens.size)
-        if scale > 0:
-            rows = labels % self.rows
-            self._means[rows] += self._learned * (tokens / scale - self._means[rows])
+        """As `agreement`. Every token counts the same, however large its gradient; of a label that occurs more than
+        once, one of its tokens."""
+        rows = labels % self.rows
+        self._means[rows] += self._learned * (tokens / _lengths(tokens)[:, None] - self._means[rows])
+
+
+def _lengths(tokens: _Vectors) -> _Vectors:
+    lengths: _Vectors = np.sqrt(np.vecdot(tokens, tokens)) + _TINY
+    return lengths
