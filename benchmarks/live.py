@@ -130,7 +130,15 @@ def tabulate(rows: Sequence[Row]) -> Table:
     """An attack a row, over its seeds; losses against the mean of the same seed's runs without an attacker."""
     clean = {seed: mean(losses) for seed, losses in _without_attacker(rows).items()}
     table = Table(
-        "attack", "direction", "runs", "banned", "false bans", "rounds to ban", "to banned", "loss gap"
+        "attack",
+        "direction",
+        "runs",
+        "banned",
+        "false bans",
+        "rounds to ban",
+        "to banned",
+        "loss gap, mean",
+        "most",
     )
     attacked: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -147,6 +155,7 @@ def tabulate(rows: Sequence[Row]) -> Table:
             str(sum(row.result["false_bans"] for row in group)),
             ", ".join(str(ban["rounds_to_ban"]) for ban in true),
             str(sum(row.result["microbatches_to_banned_after_ban"] for row in group)),
+            f"{mean(gaps):+.3f}",
             f"{max(gaps, key=abs):+.3f}",
         )
     return table
