@@ -158,9 +158,9 @@ class Judge:
     def _draw(self, accused: Collection[PeerId], new: Collection[PeerId]) -> list[Journey]:
         now, size = monotonic(), self._panel_size
         draw = partial(self.traffic.draw, self._generator, now, most=size)
-        alarms, pursued = self.traffic.alarms(now), dict.fromkeys(accused, _ACCUSED)
-        if alarms and self._alarms.can_pay(size):
-            panel = draw(start=self._generator.choice(alarms), wanted=pursued)
+        alarm, pursued = self.traffic.draw_alarm(self._generator, now), dict.fromkeys(accused, _ACCUSED)
+        if alarm is not None and self._alarms.can_pay(size):
+            panel = draw(start=alarm, wanted=pursued)
             self.counts["alarms"] += 1
             self._alarms.pay(len(panel))
         elif accused and self._alarms.can_pay(size) and now - self._pursued_at >= PURSUE_EVERY:

@@ -121,6 +121,13 @@ class Traffic:
         }
         return list(self._alarms.values())
 
+    def draw_alarm(self, generator: random.Random, now: float) -> Journey | None:
+        """One of them, a fresh one rather than an old one, whose weights nobody may have any more to do it again."""
+        alarms = self.alarms(now)
+        if not alarms:
+            return None
+        return generator.choices(alarms, [2 ** ((one.ended - now) / _HALF) for one in alarms])[0]
+
     def draw(
         self,
         generator: random.Random,

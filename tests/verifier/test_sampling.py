@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -136,6 +137,15 @@ def test_an_alarm_names_the_sender_and_is_drawn_though_its_way_ended() -> None:
     panel = traffic.draw(generator, 1.0, most=5, start=alarm)
     assert panel[0] is alarm and len(panel) > 1
     assert not traffic.alarms(1.0)
+
+
+def test_a_fresh_alarm_is_drawn_rather_than_an_old_one_and_any_may_be() -> None:
+    traffic, generator = Traffic(STAGES), random.Random(4)
+    path = [stage[0] for stage in PEERS]
+    old, fresh = (pass_on(traffic, slot, path, now, flagged_at=2) for slot, now in ((1, 0.0), (2, 2.0)))
+    drawn = Counter(alarm.microbatch for _ in range(500) if (alarm := traffic.draw_alarm(generator, 3.0)))
+    assert drawn[fresh] > 2 * drawn[old] > 0
+    assert traffic.draw_alarm(generator, 100.0) is None
 
 
 def test_who_does_not_speak_for_itself_is_waited_for_and_then_looked_at_all_the_same() -> None:
