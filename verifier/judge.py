@@ -181,12 +181,14 @@ class Judge:
         answers = await self._ask([one for _, some in questions for one in some])
         found = [self._look_at(journey, some, answers) for journey, some in questions]
         works = [work for some in found for work in some if not self._is_banned(work.peer)]
-        suspects = {*accused, *(peer for journey in panel for peer in journey.blamed(self._stages))}
-        flagged = {journey.microbatch for journey in panel if journey.flagged}
-        for (stage, _), group in streams_of(works):
+        for (stage, direction), group in streams_of(works):
+            # Only in the direction that was flagged: hearings that acquit would spend what is saved for the others.
+            flagged = [one for one in panel if any(way is direction for _, way in one.flagged)]
+            suspects = {*accused, *(peer for journey in flagged for peer in journey.blamed(self._stages))}
             replicas = self._replicas(stage)
             screening = await self._in_thread(self.bench.screen, group, self._round, len(replicas))
-            places = self.bench.worth_hearing(screening, group, suspects, flagged)
+            odd = {journey.microbatch for journey in flagged}
+            places = self.bench.worth_hearing(screening, group, suspects, odd)
             places += self._routine_hearing(group, places)
             heard = await asyncio.gather(*(self._hear(group[place], replicas) for place in places))
             findings = {

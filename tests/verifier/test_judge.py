@@ -18,9 +18,10 @@ from protocol.samples import Passage
 from protocol.votes import Cause, Verdict
 from tests.swarms import small_manifest
 from tests.verifier.exhibits import RUN, STAGES, Trip
-from verifier.exhibits import Exhibit, Question
+from verifier.exhibits import Exhibit, Question, Work
 from verifier.inquirer import Inquirer
 from verifier.judge import Judge
+from verifier.streams import Direction
 
 
 @dataclass
@@ -130,3 +131,24 @@ async def test_that_something_was_not_shown_is_news() -> None:
         await judge.news.wait()
     await sitting
     judge.stop()
+
+
+@pytest.mark.parametrize("flagged", Direction)
+async def test_who_sent_what_was_flagged_is_heard_on_that_and_not_on_the_other_direction(
+    flagged: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = Nodes()
+    judge, heard = judge_of(nodes), []
+
+    async def hear(work: Work, replicas: Sequence[PeerId]) -> None:
+        heard.append((work.peer, work.direction))
+
+    monkeypatch.setattr(judge, "_hear", hear)
+    monkeypatch.setattr(judge, "_routine_hearing", lambda group, heard: [])
+    nodes.work(judge, range(5))
+    receiver = 2 if flagged is Direction.ACTIVATION else 0
+    for trip in nodes.trips.values():
+        passage = Passage(trip.microbatch, nodes.peers[1], nodes.peers[1], 3, flagged, b"weights!")
+        judge.traffic.take(nodes.peers[receiver], receiver, [passage], monotonic(), monotonic())
+    await judge.sit(set(), nodes.peers)
+    assert {direction for peer, direction in heard if peer == nodes.peers[1]} == {flagged}
