@@ -7,7 +7,9 @@ from tests.swarms import small_manifest
 
 
 def test_what_is_flagged_of_whom_is_counted_apart() -> None:
-    found = summarise(measure(small_manifest(rounds=14), ["zeros", "flip"], dealings=2, start=8))
+    found = summarise(
+        measure(small_manifest(rounds=14), ["zeros", "flip", "bias:0.001"], dealings=2, start=8)
+    )
     assert found["honest"]["loss"]["sent"] < found["honest"]["activation"]["sent"]
     assert found["without_attacker"] == {
         "dealings": 2,
@@ -15,9 +17,11 @@ def test_what_is_flagged_of_whom_is_counted_apart() -> None:
         "worst_flagged_fraction": 0.0,
     }
     lies = {(one["attack"], one["direction"]): one for one in found["attacks"]}
-    assert len(lies) == 4 and all(one["sent"] > 0 for one in lies.values())
+    assert len(lies) == 6 and all(one["sent"] > 0 for one in lies.values())
     for direction in ("activation", "gradient"):
         zeros = lies["zeros", direction]
         assert (zeros["share"], zeros["passed_first"], zeros["never"]) == (1.0, 0.0, 0)
     flipped = lies["flip", "gradient"]
-    assert flipped["never"] == 2 and flipped["passed_first"] == flipped["sent"] / 2
+    assert flipped["never"] == 0 and 0 < flipped["passed_first"] < flipped["sent"] / 2
+    slight = lies["bias:0.001", "gradient"]
+    assert slight["never"] == 2 and slight["passed_first"] == slight["sent"] / 2
