@@ -127,10 +127,9 @@ class Dealing:
         self, direction: Direction, stage: int, path: Sequence[int], tensor: Tensor, labels: Tensor
     ) -> bool:
         receiver = stage + 1 if direction is _A else stage - 1
-        guard, answered = self._guards[receiver, direction, path[receiver]], None
-        if direction is _G:
-            answered = labels.numpy()
-        return guard.check(tensor, _name(stage, path), answered)
+        return self._guards[receiver, direction, path[receiver]].check(
+            tensor, _name(stage, path), labels.numpy()
+        )
 
     def _look_at_loss(self, path: Sequence[int], loss: float) -> bool:
         return self._loss_guards[path[-1]].check(loss, _name(STAGES - 2, path))

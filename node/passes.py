@@ -113,16 +113,18 @@ class StagePasses:
 
     def forward(self, received: Held, slot: int) -> Forwarded:
         """Raises `ProtocolError`: not_finite, or flagged by the guard."""
-        x = self._read(received, Direction.ACTIVATION)
-        return self._forward(x, received.payload[self.header.size :], received.digest, slot)
+        labels = received.payload[self.header.size :]
+        x = self._read(received, Direction.ACTIVATION, labels)
+        return self._forward(x, labels, received.digest, slot)
 
     def tail(self, received: Held, slot: int, *, covered: bool) -> Returned:
         """Forward, loss and backward on the last stage. `covered`: another replica has this slot's gradient.
 
         Raises `ProtocolError`: as `forward`.
         """
-        x = self._read(received, Direction.ACTIVATION)
-        labels = self._labels(received.payload[self.header.size :], self.header.shape[:2])
+        sent = received.payload[self.header.size :]
+        x = self._read(received, Direction.ACTIVATION, sent)
+        labels = self._labels(sent, self.header.shape[:2])
         return self._tail(x, labels, slot, covered=covered, receipt=received.receipt)
 
     def backward(self, graph: Pass, received: Held, slot: int, *, covered: bool) -> Returned:
@@ -272,8 +274,8 @@ class StagePasses:
             return slot // self._manifest.batch.microbatches == version == self.trainer.version
         return self.trainer.version - version <= 1
 
-    def _read(self, received: Held, direction: Direction, labels: memoryview | None = None) -> Tensor:
-        """`labels`: what a gradient answers."""
+    def _read(self, received: Held, direction: Direction, labels: memoryview) -> Tensor:
+        """`labels`: an activation's own, or those that a gradient answers."""
         x = decode_tensor(received.payload[: self.header.size], self.header, self._device)
         # One pass without a mask in memory: the sum is finite only if every element is.
         if not bool(torch.isfinite(x.sum())):
@@ -281,15 +283,15 @@ class StagePasses:
         self._ask_guard(x, received, direction, labels)
         return x
 
-    def _ask_guard(self, x: Tensor, received: Held, direction: Direction, labels: memoryview | None) -> None:
+    def _ask_guard(self, x: Tensor, received: Held, direction: Direction, labels: memoryview) -> None:
         """Raises `ProtocolError` (flagged)."""
         guard, signed = self.guards.get(direction), received.receipt
         if guard is None or signed is None:
             return
         began, receipt = thread_time(), signed.receipt
         is_new = self._repeats.check(receipt.sender, digest(*received.leaves[: len(x)]), receipt.input)
-        answered = None if labels is None else np.frombuffer(labels, np.int32).reshape(x.shape[:2])
-        passes = guard.check(x, receipt.sender, answered) and is_new
+        own = np.frombuffer(labels, np.int32).reshape(x.shape[:2])
+        passes = guard.check(x, receipt.sender, own) and is_new
         self.guard_seconds += thread_time() - began
         if not passes:
             self._flag(receipt)

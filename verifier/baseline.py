@@ -226,6 +226,10 @@ class Recent:
         # A drift may end at any time: that alone is no more than one deviation.
         return (value - self._expected - self._drift) / max(self._spread, abs(self._drift), finest)
 
+    @property
+    def expected(self) -> float:
+        return self._expected
+
     def learn(self, value: float) -> None:
         """Of accepted values only."""
         if len(self._usual) == self.near:

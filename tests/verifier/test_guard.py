@@ -74,16 +74,15 @@ _COMMON = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 def without_mean(generator: torch.Generator) -> Tensor:
-    """A stream like that of gradients: no mean, but channels that have much in common."""
+    """A stream that has no mean, but channels that have much in common."""
     parts = torch.randn(4, 64, len(_COMMON), generator=generator) * torch.arange(1, len(_COMMON) + 1)
     return 0.01 * (parts @ _COMMON + 2 * torch.randn(4, 64, WIDTH, generator=generator))
 
 
-@pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize("attack", ["random", "random-sign:0.3", "random-sign:0.5", "invisible-noise:0.99"])
-def test_what_channels_have_in_common_tells_noise_of_the_right_size(
-    direction: Direction, attack: str
-) -> None:
+def test_what_channels_have_in_common_tells_noise_of_the_right_size(attack: str) -> None:
+    """Without any tokens to compare with."""
+    direction = Direction.ACTIVATION
     for seed in range(4):
         guard = Guard(direction, np.random.default_rng(seed))
         generator = torch.Generator().manual_seed(seed)
