@@ -38,15 +38,15 @@ _ROUNDING = 1e-5
 # every fourth; means and moments, which change slowly and cost most, from every one only at the very beginning, then
 # from every eighth.
 _YOUNG, _LEARNS_EVERY = 64, 4
-_NEWBORN, _LEARNS_TENSORS_EVERY = 16, 8
+_NEWBORN, _LEARNS_TENSORS_EVERY = 32, 8
 # Each time that they are learned: of means the paper's, per step of eight replicas.
 _MEANS_KEPT = {Direction.ACTIVATION: 0.9 ** (1 / 4), Direction.GRADIENT: 0.8 ** (1 / 4)}
 _MOMENTS_KEPT = 0.9
 _FINEST = (0.05, 0.1)
 """Of what a tensor agrees by, as in `_Measures`: less than that is no difference."""
-_LEAST_AGREEMENT = 0.5
-"""Of what is usual with tokens: a tensor that has less than half of it, and is odd, is refused alone. Noise and another
-text's have none of it; with three signs of ten changed there is two fifths of it."""
+_LEAST_AGREEMENT, _FAR_OFF = 0.5, 4.5
+"""Of what is usual with tokens, and standard deviations: a tensor that has less than half of it, and is far off, is
+refused alone. Noise and another text's have none of it; with three signs of ten changed there is two fifths of it."""
 _DISAGREEMENT_ALLOWED = 3.0
 """Standard deviations each time: what honest texts disagree by has a heavy tail."""
 # What honest gradients do: in training their sizes change severalfold within a few microbatches, all at once. In logs,
@@ -111,10 +111,13 @@ class Guard:
             for usual, value, finest in zip(self._agreement, values.agreement, _FINEST, strict=True)
         )
         deviation = self._apart.beyond(sender, -min(deviations))
-        if self._disagreement.add(sender, deviation) or (
-            deviation > _DISAGREEMENT_ALLOWED
-            and values.agreement[0] < _LEAST_AGREEMENT * self._agreement[0].expected
-        ):
+        if self._disagreement.add(sender, deviation):
+            return True
+        is_far_off = (
+            deviation > _FAR_OFF and values.agreement[0] < _LEAST_AGREEMENT * self._agreement[0].expected
+        )
+        # Where there is nobody to compare its sender with, it may as well be the stream that changes.
+        if is_far_off and not self.hears_only(sender):
             return True
         if self._scales is None:
             self._scales = self._centring.scales()
