@@ -52,8 +52,8 @@ _TINY = Preset(
     # many that not most of a round's are in flight when it ends, and that one soon sees who corrupts some.
     batch=BatchSection(context=64, sequences=6, microbatches=10),
     # No momentum: it makes gradients that are one round old overshoot (and does not help without delay either). Every
-    # round's gradient is clipped, so that one that is far too large counts no more than another; and a higher rate ends
-    # a little lower, but equal runs then end twice as far apart.
+    # round's gradient is clipped, so that one that is far too large counts no more than another. In one process a rate
+    # of 2e-3 ends 0.03 lower, with equal runs twice as far apart.
     optimizer=OptimizerSection(lr=1.4e-3, beta1=0.0, warmup_rounds=10, clip=0.1),
 )
 

@@ -16,7 +16,8 @@ class LossGuard:
     flagged while the sum is above `limit`, in robust standard deviations. The loss falls as training goes on, in its
     beginning by more than texts differ: so what is standardised is how far a loss is from the few before it, among how
     far the latest were. That names nobody, as the corruption may be older than the sender: verifiers look at what is
-    flagged. If most senders are odd all starts anew, as for `Guard`.
+    flagged. If most senders are odd all starts anew, as for `Guard`; and of one that sends alone nothing is, since
+    losses may rise for a while, as when the learning rate does, and there is nobody to compare it with.
     """
 
     _allowance = 1.5
@@ -35,9 +36,10 @@ class LossGuard:
         `is_retry`: of a microbatch that was lost before. A hard text that comes again says nothing new of its sender.
         """
         deviation = self._usual.deviation(loss, self._finest * loss)
+        is_alone = self._latest.are_all_of(sender)
         if is_retry:
-            return not self._sums.is_odd(sender, deviation)
-        is_odd = self._sums.add(sender, deviation)
+            return is_alone or not self._sums.is_odd(sender, deviation)
+        is_odd = self._sums.add(sender, deviation) and not is_alone
         if not is_odd:
             self._usual.learn(loss)
         if self._latest.note(sender, is_odd):

@@ -228,6 +228,12 @@ def test_losses_that_rise_for_everybody_do_not_end_the_run() -> None:
     assert all(passed[80:])
 
 
+def test_losses_that_rise_are_not_held_against_a_sender_that_is_alone() -> None:
+    generator, guard = np.random.default_rng(0), LossGuard()
+    for step in range(200):
+        assert guard.check(losses(generator, step) + 2.0 * (step >= 100), "peer0"), step
+
+
 def test_it_remembers_a_bounded_number_of_senders() -> None:
     guard = LossGuard()
     for step in range(2000):
