@@ -44,9 +44,10 @@ _MEANS_KEPT = {Direction.ACTIVATION: 0.9 ** (1 / 4), Direction.GRADIENT: 0.8 ** 
 _MOMENTS_KEPT = 0.9
 _FINEST = (0.05, 0.1)
 """Of what a tensor agrees by, as in `_Measures`: less than that is no difference."""
-_LEAST_AGREEMENT, _FAR_OFF = 0.5, 4.5
-"""Of what is usual with tokens, and standard deviations: a tensor that has less than half of it, and is far off, is
-refused alone. Noise and another text's have none of it; with three signs of ten changed there is two fifths of it."""
+_LEAST_AGREEMENT, _FAR_OFF = {Direction.ACTIVATION: 0.25, Direction.GRADIENT: 0.5}, 4.5
+"""Of what is usual with tokens, and standard deviations: a tensor that has less than that of it, and is far off, is
+refused alone. Noise and another text's have none of it, three signs of ten changed leave two fifths of a gradient's. Of
+honest activations, when weights jump, as little may be left for a moment."""
 _DISAGREEMENT_ALLOWED = 3.0
 """Standard deviations each time: what honest texts disagree by has a heavy tail."""
 # What honest gradients do: in training their sizes change severalfold within a few microbatches, all at once. In logs,
@@ -114,7 +115,8 @@ class Guard:
         if self._disagreement.add(sender, deviation):
             return True
         is_far_off = (
-            deviation > _FAR_OFF and values.agreement[0] < _LEAST_AGREEMENT * self._agreement[0].expected
+            deviation > _FAR_OFF
+            and values.agreement[0] < _LEAST_AGREEMENT[self._direction] * self._agreement[0].expected
         )
         # Where there is nobody to compare its sender with, it may as well be the stream that changes.
         if is_far_off and not self.hears_only(sender):
