@@ -106,7 +106,7 @@ class Dealing:
         for (direction, stage), tensor in passage.sent.items():
             is_honest = stage != INNER or path[INNER] != 0 or direction not in lies
             if is_honest:
-                passes = self._look(direction, stage, path, tensor, passage.labels)
+                passes = self._look(direction, stage, path, tensor, passage)
                 self.honest.setdefault(direction.value, Tally()).note(not passes)
                 continue
             if direction is _A:
@@ -116,7 +116,7 @@ class Dealing:
                 continue
             # What is not finite is refused before the guard is asked.
             is_finite = bool(torch.isfinite(lie.tensor.sum()))
-            passes = is_finite and self._look(direction, stage, path, lie.tensor, passage.labels)
+            passes = is_finite and self._look(direction, stage, path, lie.tensor, passage)
             if direction is _A:
                 passes = passes and self._look_at_loss(path, lie.loss)
             self.lies.setdefault(direction, Tally()).note(not passes)
@@ -124,11 +124,11 @@ class Dealing:
             self.honest.setdefault("loss", Tally()).note(not self._look_at_loss(path, loss))
 
     def _look(
-        self, direction: Direction, stage: int, path: Sequence[int], tensor: Tensor, labels: Tensor
+        self, direction: Direction, stage: int, path: Sequence[int], tensor: Tensor, passage: Passage
     ) -> bool:
         receiver = stage + 1 if direction is _A else stage - 1
         return self._guards[receiver, direction, path[receiver]].check(
-            tensor, _name(stage, path), labels.numpy()
+            tensor, _name(stage, path), passage.labels.numpy(), version=passage.round
         )
 
     def _look_at_loss(self, path: Sequence[int], loss: float) -> bool:

@@ -30,11 +30,17 @@ class ByToken:
 
     def agreement(self, vectors: _Vectors, tokens: Tokens) -> float:
         """The mean cosine between vectors (n, channels) and what is usual of their tokens (n,), which counts for as
-        much as it is long; 0 as long as nothing is known of any."""
-        expected = self._means[tokens % self.rows]
+        much as it is long; 0 as long as nothing is known of any.
+
+        A token's places together count as one: in a run of spaces, once the model has learned to expect them, all are
+        off by the same.
+        """
+        rows = tokens % self.rows
+        expected = self._means[rows]
+        weights = 1 / np.bincount(rows)[rows]
         cosines = np.vecdot(vectors, expected) / _lengths(vectors)
-        size = float(np.vdot(expected, expected)) * len(vectors)
-        return float(cosines.sum()) / math.sqrt(size) if size > 0 else 0.0
+        size = float(weights @ np.vecdot(expected, expected)) * float(weights.sum())
+        return float(weights @ cosines) / math.sqrt(size) if size > 0 else 0.0
 
     def learn(self, vectors: _Vectors, tokens: Tokens) -> None:
         """As `agreement`. Every place counts the same, however large what is there; of a token that occurs more than

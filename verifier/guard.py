@@ -60,7 +60,8 @@ class Guard:
 
     `limit` is in robust standard deviations (`Settings.guard`). What is flagged is not learned from; but if more than
     half of the peers that sent the latest tensors are flagged, then it is the stream that has changed, and the
-    baseline starts anew: a receiver that refuses everybody would end the run.
+    baseline starts anew: a receiver that refuses everybody would end the run. So it does where nothing has come for
+    longer than all that is remembered took to come: the weights have moved on meanwhile.
     """
 
     def __init__(self, direction: Direction, generator: np.random.Generator, limit: float = 6.0) -> None:
@@ -80,9 +81,11 @@ class Guard:
         self._scales: tuple[list[float], list[float]] | None = None
         self.checked = self.flagged = 0
 
-    def check(self, tensor: Tensor, sender: Peer, labels: Tokens | None = None) -> bool:
+    def check(self, tensor: Tensor, sender: Peer, labels: Tokens | None = None, *, version: int = 0) -> bool:
         """Whether a tensor (B, T, W), T >= 2, of any floating dtype, on any device, may be used. `labels` (B, T): the
-        token after each place; without them nothing is compared with tokens."""
+        token after each place; without them nothing is compared with tokens. `version`: of the receiver's weights."""
+        if self._latest.are_outdated(version):
+            self._start_anew()
         seen = self._look(tensor)
         tokens = None if labels is None else labels[:, self._token_of].ravel()
         values = self._measure(seen, tokens)
@@ -94,17 +97,22 @@ class Guard:
                 self._learn_tensor(seen, tokens)
         self.checked += 1
         self.flagged += is_odd
-        if self._latest.note(sender, is_odd):
-            self._centring.restart()
-            self._disagreement.clear()
-            for one in self._agreement:
-                one.clear()
-            self._scales = None
+        if self._latest.note(sender, is_odd, version):
+            self._start_anew()
         return not is_odd
 
     def hears_only(self, sender: Peer) -> bool:
         """Whether nobody else has sent anything of late."""
         return self._latest.are_all_of(sender)
+
+    def _start_anew(self) -> None:
+        self._latest.clear()
+        self._apart.clear()
+        self._disagreement.clear()
+        for one in self._agreement:
+            one.clear()
+        self._centring.restart()
+        self._scales = None
 
     def _is_odd(self, values: _Measures, sender: Peer) -> bool:
         deviations = (

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from statistics import median_low
+from typing import NamedTuple
 
 from verifier.streams import Peer
 
 _LATEST, _OF_EACH = 24, 8
+_SOON = 8
+"""Versions of the weights: a shorter silence makes nothing out of date."""
 _MOST_SENDERS = 256
 _AT_ONCE = 0.75
 """Of its limit: the most that a single tensor adds to a sum."""
@@ -15,14 +18,24 @@ _AT_ONCE = 0.75
 
 class Latest:
     """The latest tensors, by sender, and which of them were odd; of a sender no more than its latest eight count, so
-    that one that sends alone is believed as soon as it would be among others."""
+    that one that sends alone is believed as soon as it would be among others. And with which version of the weights
+    the receiver got them."""
 
     def __init__(self) -> None:
         self._latest: deque[tuple[Peer, bool]] = deque(maxlen=_LATEST)
+        self._versions: deque[int] = deque(maxlen=_LATEST)
 
-    def note(self, sender: Peer, is_odd: bool) -> bool:
+    def are_outdated(self, version: int) -> bool:
+        """Whether nothing has come for longer than all that is remembered took to come."""
+        if not self._versions:
+            return False
+        oldest, newest = self._versions[0], self._versions[-1]
+        return version - newest > max(_SOON, newest - oldest)
+
+    def note(self, sender: Peer, is_odd: bool, version: int = 0) -> bool:
         """Whether most senders are odd by now: then it is not they who have changed."""
         self._latest.append((sender, is_odd))
+        self._versions.append(version)
         if not is_odd or len(self._latest) < _LATEST:
             return False
         of_each: dict[Peer, list[bool]] = {}
@@ -32,8 +45,12 @@ class Latest:
                 own.append(was)
         if 2 * sum(2 * sum(own) > len(own) for own in of_each.values()) <= len(of_each):
             return False
-        self._latest.clear()
+        self.clear()
         return True
+
+    def clear(self) -> None:
+        self._latest.clear()
+        self._versions.clear()
 
     def are_all_of(self, sender: Peer) -> bool:
         """Whether nobody else has sent anything of late."""
@@ -93,23 +110,42 @@ class Apart:
         # The lower one of two: of two others one may be an attacker, or one who is banned by now.
         return deviation - max(0.0, median_low(others)) if others else deviation
 
+    def clear(self) -> None:
+        self._latest.clear()
+
 
 class Repeats:
-    """Of one receiver: whether a sender's tensor came from it before, made of something else.
+    """Of one receiver: what each sender sent before, of which input, for which slot, and how that was judged.
 
-    No two inputs give an honest stage the same output to the last bit; who sends what it sent before, whatever it was
-    given, does. By digests, which are there anyway: it costs a look-up. Of one sender, or others could make its own
-    look repeated.
+    What comes again for its slot is a microbatch that was lost: it is evidence of nothing new, and is answered as
+    before. But no two inputs give an honest stage the same output to the last bit; who sends what it sent before,
+    whatever it was given, does. By digests, which are there anyway: it costs a look-up. Of one sender, or others could
+    make its own look repeated.
     """
 
     _remembered = 4096
 
     def __init__(self) -> None:
-        self._inputs: OrderedDict[tuple[Peer, bytes], bytes] = OrderedDict()
+        self._known: OrderedDict[tuple[Peer, bytes], _Judged] = OrderedDict()
 
-    def check(self, sender: Peer, tensor: bytes, made_of: bytes) -> bool:
-        """Whether a tensor of this digest may be used, which its sender says it made of an input of that digest."""
-        known = self._inputs.setdefault((sender, tensor), made_of)
-        if len(self._inputs) > self._remembered:
-            self._inputs.popitem(last=False)
-        return known == made_of
+    def judged(self, sender: Peer, tensor: bytes, made_of: bytes, slot: int) -> bool | None:
+        """Whether a tensor of this digest may be used, which its sender says it made of an input of that digest. None
+        if that is still to be judged, and then to be `note`d."""
+        known = self._known.get((sender, tensor))
+        if known is None:
+            return None
+        if known.made_of != made_of:
+            return False
+        return known.may_be_used if known.slot == slot else None
+
+    def note(self, sender: Peer, tensor: bytes, made_of: bytes, slot: int, *, may_be_used: bool) -> None:
+        """The longest known is forgotten first."""
+        self._known[sender, tensor] = _Judged(made_of, slot, may_be_used)
+        if len(self._known) > self._remembered:
+            self._known.popitem(last=False)
+
+
+class _Judged(NamedTuple):
+    made_of: bytes
+    slot: int
+    may_be_used: bool

@@ -47,6 +47,14 @@ def test_nothing_is_said_of_labels_that_were_never_seen_nor_of_tokens_of_nothing
     assert known.agreement(0 * ones, labels) == 0.0
 
 
+@given(times=st.integers(1, 200))
+def test_however_often_a_token_occurs_it_counts_once(times: int) -> None:
+    known, centres = taught(0)
+    labels = np.array([0] * times + [*range(1, 10)])
+    vectors = centres[labels] * np.where(labels == 0, -1, 1).astype(np.float32)[:, None]
+    assert known.agreement(vectors, labels) == pytest.approx(0.8, abs=0.05)
+
+
 _CENTRES = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(1))
 _MEAN = 2 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(2))
 

@@ -158,6 +158,21 @@ def test_however_few_senders_there_are_few_tensors_are_flagged_before_it_follows
         assert all(passed[5:]), passed
 
 
+@pytest.mark.parametrize(("silence", "passes"), [(30, False), (200, True)])
+def test_what_is_usual_is_out_of_date_after_a_silence_longer_than_all_that_is_remembered(
+    silence: int, passes: bool
+) -> None:
+    guard, generator = taught(0)
+    for place in range(100):
+        assert guard.check(honest(generator), f"peer{place % 3}", version=place * 4)
+    last = 99 * 4
+    passed = [
+        guard.check(5 * honest(generator), f"peer{place % 3}", version=last + silence + place)
+        for place in range(20)
+    ]
+    assert all(passed) if passes else not any(passed[:10])
+
+
 def test_it_knows_whether_it_hears_of_one_sender_only() -> None:
     guard, generator = taught()
     assert not guard.hears_only("peer0")
@@ -263,16 +278,28 @@ def test_a_hard_text_that_comes_again_is_not_held_against_its_sender() -> None:
 
 def test_the_same_tensor_of_another_input_is_a_repeat_of_its_sender_alone() -> None:
     repeats = Repeats()
-    assert repeats.check("a", b"tensor", b"one")
-    assert repeats.check("a", b"tensor", b"one"), "the same work, sent again"
-    assert not repeats.check("a", b"tensor", b"two")
-    assert repeats.check("b", b"tensor", b"two"), "what another sent first says nothing of this one"
+    assert repeats.judged("a", b"tensor", b"one", 1) is None
+    repeats.note("a", b"tensor", b"one", 1, may_be_used=True)
+    assert repeats.judged("a", b"tensor", b"two", 1) is False
+    assert repeats.judged("b", b"tensor", b"two", 1) is None, (
+        "what another sent first says nothing of this one"
+    )
+
+
+@pytest.mark.parametrize("may_be_used", [True, False])
+def test_what_is_sent_again_for_its_slot_is_answered_as_before(may_be_used: bool) -> None:
+    repeats = Repeats()
+    repeats.note("a", b"tensor", b"one", 1, may_be_used=may_be_used)
+    assert repeats.judged("a", b"tensor", b"one", 1) is may_be_used
+    assert repeats.judged("a", b"tensor", b"one", 2) is None, (
+        "of another slot it is judged by that one's tokens"
+    )
 
 
 def test_what_was_sent_long_ago_is_forgotten() -> None:
     repeats = Repeats()
     for number in range(5000):
-        assert repeats.check("a", number.to_bytes(4), b"one")
-    assert repeats.check("a", (0).to_bytes(4), b"two")
-    assert not repeats.check("a", (4999).to_bytes(4), b"two")
-    assert len(repeats._inputs) <= 4096
+        repeats.note("a", number.to_bytes(4), b"one", number, may_be_used=True)
+    assert repeats.judged("a", (0).to_bytes(4), b"two", 0) is None
+    assert repeats.judged("a", (4999).to_bytes(4), b"two", 4999) is False
+    assert len(repeats._known) <= 4096
