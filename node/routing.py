@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from protocol.identity import PeerId
 
 _SMOOTHING = 0.2
-_UNMEASURED = 1.0
+_UNIT = 1.0
+"""What a service is counted as before any was measured, when only multiples of it matter."""
 _EVEN: Mapping[PeerId, float] = {}
 
 
@@ -28,6 +29,7 @@ class Router:
 
     def __init__(self) -> None:
         self._lanes: dict[PeerId, _Lane] = {}
+        self._first: float | None = None
 
     def choose(self, candidates: Collection[PeerId], burden: Mapping[PeerId, float] = _EVEN) -> PeerId | None:
         """The replica to use next, of those that can take one now; None if there is none. Charges it one service.
@@ -45,16 +47,23 @@ class Router:
     def measure(self, peer: PeerId, seconds: float) -> None:
         """A microbatch took `seconds` of this replica's time."""
         lane = self._lane(peer)
+        if self._first is None:
+            # Or who was chosen first, and charged a whole unit, would get nothing until the others have caught up.
+            self._first = seconds
+            for one in self._lanes.values():
+                one.virtual_time *= seconds / _UNIT
         previous = lane.service_time
         lane.service_time = seconds if previous is None else previous + _SMOOTHING * (seconds - previous)
 
     def service_time(self, peer: PeerId) -> float:
-        """Seconds; for a replica not yet measured, the mean of the others."""
+        """Seconds; for a replica not yet measured, the mean of the others, or else the first that ever was."""
         known = [lane.service_time for lane in self._lanes.values() if lane.service_time is not None]
         own = self._lane(peer).service_time
         if own is not None:
             return own
-        return sum(known) / len(known) if known else _UNMEASURED
+        if known:
+            return sum(known) / len(known)
+        return _UNIT if self._first is None else self._first
 
     def forget(self, peer: PeerId) -> None:
         self._lanes.pop(peer, None)

@@ -82,7 +82,7 @@ def sworn(held: Held, sender: Identity, slot: int, attempt: int = 0, made_of: by
 
 
 class _PassesAll:
-    def check(self, tensor: torch.Tensor, sender: str, labels: object) -> bool:
+    def check(self, tensor: torch.Tensor, sender: str, labels: object, *, version: int) -> bool:
         return True
 
 
@@ -104,8 +104,10 @@ def test_a_tensor_that_came_before_is_flagged_though_labels_and_receipt_are_new(
 class _FlagsAll:
     def __init__(self, only: str | None = None) -> None:
         self._only = only
+        self.checked = 0
 
-    def check(self, tensor: torch.Tensor, sender: str, labels: object) -> bool:
+    def check(self, tensor: torch.Tensor, sender: str, labels: object, *, version: int) -> bool:
+        self.checked += 1
         return False
 
     def hears_only(self, sender: str) -> bool:
@@ -114,8 +116,8 @@ class _FlagsAll:
 
 def test_a_text_that_is_odd_by_itself_is_not_lost_for_ever(chain: list[StagePasses]) -> None:
     """Flagged from one sender; from a second one, or at a late attempt, it is used: else the run would end with it."""
-    tail, plain = chain[1], received(chain, inject(chain, 0))
-    tail.guards = {Direction.ACTIVATION: _FlagsAll()}  # type: ignore[dict-item]
+    tail, plain, guard = chain[1], received(chain, inject(chain, 0)), _FlagsAll()
+    tail.guards = {Direction.ACTIVATION: guard}  # type: ignore[dict-item]
 
     def sent_by(sender: Identity, slot: int = 0, attempt: int = 0) -> Held:
         return sworn(plain, sender, slot, attempt)
@@ -124,6 +126,7 @@ def test_a_text_that_is_odd_by_itself_is_not_lost_for_ever(chain: list[StagePass
     for attempt in range(2):
         with pytest.raises(ProtocolError, match="flagged"):
             tail.tail(sent_by(one, attempt=attempt), 0, covered=True)
+    assert guard.checked == 1, "what comes again is no new evidence"
     assert tail.tail(sent_by(other), 0, covered=True).loss is not None
     assert tail.tail(sent_by(one, slot=5, attempt=6), 5, covered=True).loss is not None
     with pytest.raises(ProtocolError, match="flagged"):

@@ -70,6 +70,22 @@ def test_an_unmeasured_replica_counts_as_average() -> None:
     assert router.service_time(C) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("seconds", [1e-3, 0.03, 20.0])
+def test_whoever_was_chosen_before_anything_was_measured_gets_its_share_all_the_same(seconds: float) -> None:
+    router = Router()
+    assert router.choose([A, B, C]) == A
+    router.measure(A, seconds)
+    chosen = Counter(router.choose([A, B, C]) for _ in range(9))
+    assert chosen[A] >= 2 and max(chosen.values()) <= 4
+
+
+def test_when_all_who_were_measured_have_left_the_others_are_charged_what_they_took() -> None:
+    router = measured(a=0.03)
+    router.choose([A, B])
+    router.forget(A)
+    assert router.service_time(B) == pytest.approx(0.03)
+
+
 def test_measurements_are_smoothed() -> None:
     router = measured(a=1.0)
     router.measure(A, 11.0)
