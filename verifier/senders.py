@@ -16,33 +16,39 @@ _AT_ONCE = 0.75
 """Of its limit: the most that a single tensor adds to a sum."""
 
 
+class _Arrival(NamedTuple):
+    sender: Peer
+    is_odd: bool
+    version: int
+
+
 class Latest:
-    """The latest tensors, by sender, and which of them were odd; of a sender no more than its latest eight count, so
-    that one that sends alone is believed as soon as it would be among others. And with which version of the weights
-    the receiver got them."""
+    """The latest tensors: by whom, whether they were odd, and the version of the receiver's weights then.
+
+    Of a sender no more than its latest eight count, so that one that sends alone is believed as soon as it would be
+    among others.
+    """
 
     def __init__(self) -> None:
-        self._latest: deque[tuple[Peer, bool]] = deque(maxlen=_LATEST)
-        self._versions: deque[int] = deque(maxlen=_LATEST)
+        self._latest: deque[_Arrival] = deque(maxlen=_LATEST)
 
     def are_outdated(self, version: int) -> bool:
         """Whether nothing has come for longer than all that is remembered took to come."""
-        if not self._versions:
+        if not self._latest:
             return False
-        oldest, newest = self._versions[0], self._versions[-1]
+        oldest, newest = self._latest[0].version, self._latest[-1].version
         return version - newest > max(_SOON, newest - oldest)
 
     def note(self, sender: Peer, is_odd: bool, version: int = 0) -> bool:
         """Whether most senders are odd by now: then it is not they who have changed."""
-        self._latest.append((sender, is_odd))
-        self._versions.append(version)
+        self._latest.append(_Arrival(sender, is_odd, version))
         if not is_odd or len(self._latest) < _LATEST:
             return False
         of_each: dict[Peer, list[bool]] = {}
-        for peer, was in reversed(self._latest):
-            own = of_each.setdefault(peer, [])
+        for one in reversed(self._latest):
+            own = of_each.setdefault(one.sender, [])
             if len(own) < _OF_EACH:
-                own.append(was)
+                own.append(one.is_odd)
         if 2 * sum(2 * sum(own) > len(own) for own in of_each.values()) <= len(of_each):
             return False
         self.clear()
@@ -50,11 +56,10 @@ class Latest:
 
     def clear(self) -> None:
         self._latest.clear()
-        self._versions.clear()
 
     def are_all_of(self, sender: Peer) -> bool:
         """Whether nobody else has sent anything of late."""
-        return all(one == sender for one, _ in self._latest)
+        return all(one.sender == sender for one in self._latest)
 
 
 def _note_latest(known: OrderedDict[Peer, float], sender: Peer, value: float) -> None:
