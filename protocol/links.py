@@ -49,7 +49,7 @@ DEAD_AFTER = 6.0
 """Seconds without a byte after which a stream's other end counts as dead or hung."""
 DIAL_TIMEOUT = 8.0
 PENALTY = 30.0
-_PARTING = 0.3
+_PARTING = 1.0
 """Seconds that a farewell has to reach who is banned, before the connection under it is closed."""
 MAX_LINKS = 256
 MAX_STREAMS = 8
@@ -130,6 +130,12 @@ class Link:
         if self.closed or not usable:
             raise ProtocolError(Reason.UNREACHABLE, self.peer)
         min(usable, key=lambda stream: stream.backlog).send(message, *payload)
+
+    def say_farewell(self, reason: Reason) -> None:
+        """On a stream that is open, though the peer may not have greeted us on it yet: it reads a farewell all the
+        same. Without one it is not told."""
+        if stream := next((one for one in self.streams if one.is_open), None):
+            stream.send(Farewell(reason))
 
     async def request(
         self, method: str, body: wire.Message, payload: memoryview = _EMPTY, *, timeout: float
@@ -445,8 +451,7 @@ class Switchboard:
         """The peer is banned: its link is down at once; it is told why, and then its connection is closed."""
         link = self.links.get(peer)
         if link is not None:
-            with suppress(ProtocolError):
-                link.send(Farewell(Reason.BANNED))
+            link.say_farewell(Reason.BANNED)
             link.retire()
             self._forget(link)
         self._tasks.spawn(self._part(peer, link))

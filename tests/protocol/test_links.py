@@ -19,7 +19,7 @@ from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
 from protocol.identity import Identity, PeerId
 from protocol.links import Answer, Link, Switchboard
-from protocol.messages import MAX_CHUNK, Activation, Gradient, Ping, Reply, Request, frame_of
+from protocol.messages import MAX_CHUNK, Activation, Farewell, Gradient, Ping, Reply, Request, frame_of
 from protocol.requests import Nothing
 from protocol.vote_set import VoteSet
 from protocol.votes import Cause, Electorate, Verdict
@@ -310,6 +310,23 @@ async def test_whom_a_peer_knows_as_banned_when_it_starts_to_obey(pair: Pair, ho
     answering.obey(votes)
     assert not answering.links
     await until(lambda: link.farewell is Reason.BANNED)
+
+
+class _OpenStream:
+    greeted, is_open = False, True
+
+    def __init__(self) -> None:
+        self.sent: list[object] = []
+
+    def send(self, message: object) -> None:
+        self.sent.append(message)
+
+
+async def test_who_has_not_greeted_us_yet_is_told_that_it_is_banned_all_the_same() -> None:
+    link, stream = Link("peer"), _OpenStream()
+    link.streams.append(stream)  # type: ignore[arg-type]
+    link.say_farewell(Reason.BANNED)
+    assert stream.sent == [Farewell(Reason.BANNED)]
 
 
 def electorate_of(run: bytes) -> Electorate:
