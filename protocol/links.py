@@ -126,16 +126,18 @@ class Link:
 
     def send(self, message: wire.Message, *payload: memoryview) -> None:
         """Queue a frame on the stream with the least queued. Raises `ProtocolError` (unreachable) without one."""
-        usable = [stream for stream in self.streams if stream.greeted and stream.is_open]
-        if self.closed or not usable:
+        stream = self._least_queued(one for one in self.streams if one.greeted)
+        if self.closed or stream is None:
             raise ProtocolError(Reason.UNREACHABLE, self.peer)
-        min(usable, key=lambda stream: stream.backlog).send(message, *payload)
+        stream.send(message, *payload)
 
     def say_farewell(self, reason: Reason) -> None:
-        """On a stream that is open, though the peer may not have greeted us on it yet: it reads a farewell all the
-        same. Without one it is not told."""
-        if stream := next((one for one in self.streams if one.is_open), None):
+        """The peer reads it though it may not have greeted us yet. Without an open stream it is not told."""
+        if stream := self._least_queued(self.streams):
             stream.send(Farewell(reason))
+
+    def _least_queued(self, streams: Iterable[Stream]) -> Stream | None:
+        return min((one for one in streams if one.is_open), key=lambda stream: stream.backlog, default=None)
 
     async def request(
         self, method: str, body: wire.Message, payload: memoryview = _EMPTY, *, timeout: float

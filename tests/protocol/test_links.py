@@ -313,7 +313,7 @@ async def test_whom_a_peer_knows_as_banned_when_it_starts_to_obey(pair: Pair, ho
 
 
 class _OpenStream:
-    greeted, is_open = False, True
+    greeted, is_open, backlog = False, True, 0
 
     def __init__(self) -> None:
         self.sent: list[object] = []
