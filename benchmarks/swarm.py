@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from node.heap import keep_freed
 from node.observer import Observer
 from protocol.errors import BannedError, SentinelError
 from protocol.host import LOOPBACK
@@ -68,6 +69,8 @@ def become(arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    # While it has one thread: the heap that another one makes for itself would be used by later ones, too.
+    keep_freed()
     os.setpgrp()  # Ctrl-C at the terminal is for the parent, which stops its children in order.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.argv = ["sentinel-node", *arguments]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 PROGRAM = """
 import asyncio
@@ -53,11 +57,20 @@ swarm.run(main())
 """
 
 
-def test_its_processes_end_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SWARM, str(tmp_path)]
+@contextmanager
+def swarm_of_one(folder: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """What runs a swarm, and the swarm's bootstrap peer."""
+    command = [sys.executable, "-c", SWARM, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        seed = psutil.Process(int(process.stdout.readline()))
+        try:
+            yield process, psutil.Process(int(process.stdout.readline()))
+        finally:
+            process.terminate()
+
+
+def test_its_processes_end_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
+    with swarm_of_one(tmp_path) as (process, seed):
         family = [seed, *seed.children(recursive=True)]
         assert len(family) > 1, "a bootstrap peer has its p2pd"
         process.kill()
@@ -65,3 +78,19 @@ def test_its_processes_end_with_it_even_if_it_is_killed(tmp_path: Path) -> None:
     for one in alive:
         one.kill()
     assert not alive, (tmp_path / "bootstrap.log").read_text()
+
+
+HEAP_SIZE = 64 << 20
+"""Of glibc's heaps beside the main one, which begin at a multiple of it (arena.c, HEAP_MAX_SIZE)."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_each_of_its_processes_has_one_heap(tmp_path: Path) -> None:
+    with swarm_of_one(tmp_path) as (_, seed):
+        maps = Path(f"/proc/{seed.pid}/maps").read_text().splitlines()
+    private = [line.split() for line in maps if " rw-p 00000000 00:00 0" in line]
+    others = [words for words in private if int(words[0].split("-")[0], 16) % HEAP_SIZE == 0]
+    assert any(words[-1] == "[heap]" for words in private)
+    assert not others, (
+        "a thread was started before `keep_freed`: what `touch` makes ready may be another's heap"
+    )
