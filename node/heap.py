@@ -20,6 +20,7 @@ _LARGEST = 32 << 20
 """Bytes of the largest piece that the heap is to hold, as many as glibc allows: what is larger comes from the system
 and goes back as soon as it is free."""
 _PIECE = _LARGEST - (1 << 20)
+"""Bytes that are touched at once: with what malloc adds to them, no more than the largest."""
 
 
 def keep_freed() -> None:
@@ -45,10 +46,9 @@ def touch(size: int) -> None:
 
 
 def _prefer_huge_pages(start: int, size: int) -> None:
-    """For the whole pages in it, from now on, whoever uses them (madvise(2)). Of Linux alone; elsewhere it does
+    """For the pages that it is in, from now on, whoever uses them (madvise(2)). Of Linux alone; elsewhere it does
     nothing."""
-    first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    first = start - start % mmap.PAGESIZE
     with suppress(OSError, AttributeError):
         madvise, kind = ctypes.CDLL(None).madvise, mmap.MADV_HUGEPAGE
-        if first < end:
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), kind)
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), kind)
