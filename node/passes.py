@@ -289,12 +289,13 @@ class StagePasses:
         if guard is None or signed is None:
             return
         began, receipt = thread_time(), signed.receipt
-        tensor = digest(*received.leaves[: len(x)])
-        statement = receipt.sender, tensor, receipt.input, receipt.microbatch.slot
+        # Python's own hash, of digests: its key is new in every process, so nobody can make two tensors look alike.
+        statement = receipt.sender, hash(received.leaves[: len(x)]), receipt.input, receipt.microbatch.slot
         passes = self._repeats.judged(*statement)
         if passes is None:
-            own = np.frombuffer(labels, np.int32).reshape(x.shape[:2])
-            passes = guard.check(x, receipt.sender, own, version=self.trainer.version)
+            passes = guard.check(
+                x, receipt.sender, np.frombuffer(labels, np.int32), version=self.trainer.version
+            )
             self._repeats.note(*statement, may_be_used=passes)
         self.guard_seconds += thread_time() - began
         if not passes:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 _Vectors = npt.NDArray[np.float32]
-Tokens = npt.NDArray[np.integer]
 
-_TINY = np.float32(1e-20)
+_TINY = 1e-20
 
 
 class ByToken:
@@ -27,28 +27,35 @@ class ByToken:
 
     def __init__(self, channels: int) -> None:
         self._means = np.zeros((self.rows, channels), np.float32)
+        self._squares = [0.0] * self.rows
 
-    def agreement(self, vectors: _Vectors, tokens: Tokens) -> float:
+    def agreement(self, vectors: _Vectors, tokens: Sequence[int]) -> float:
         """The mean cosine between vectors (n, channels) and what is usual of their tokens (n,), which counts for as
         much as it is long; 0 as long as nothing is known of any.
 
         A token's places together count as one: in a run of spaces, once the model has learned to expect them, all are
         off by the same.
         """
-        rows = tokens % self.rows
-        expected = self._means[rows]
-        weights = 1 / np.bincount(rows)[rows]
-        cosines = np.vecdot(vectors, expected) / _lengths(vectors)
-        size = float(weights @ np.vecdot(expected, expected)) * float(weights.sum())
-        return float(weights @ cosines) / math.sqrt(size) if size > 0 else 0.0
+        rows = [token % self.rows for token in tokens]
+        along = np.vecdot(vectors, self._means.take(rows, 0)).tolist()
+        squares = np.vecdot(vectors, vectors).tolist()
+        times: dict[int, int] = {}
+        for row in rows:
+            times[row] = times.get(row, 0) + 1
+        agreed = expected = 0.0
+        for row, product, square in zip(rows, along, squares, strict=True):
+            agreed += product / (math.sqrt(square) + _TINY) / times[row]
+            expected += self._squares[row] / times[row]
+        return agreed / math.sqrt(expected * len(times)) if expected > 0 else 0.0
 
-    def learn(self, vectors: _Vectors, tokens: Tokens) -> None:
+    def learn(self, vectors: _Vectors, tokens: Sequence[int]) -> None:
         """As `agreement`. Every place counts the same, however large what is there; of a token that occurs more than
         once, one of its places."""
-        rows = tokens % self.rows
-        self._means[rows] += self._learned * (vectors / _lengths(vectors)[:, None] - self._means[rows])
-
-
-def _lengths(vectors: _Vectors) -> _Vectors:
-    lengths: _Vectors = np.sqrt(np.vecdot(vectors, vectors)) + _TINY
-    return lengths
+        places = {token % self.rows: place for place, token in enumerate(tokens)}
+        rows, own = list(places), vectors.take(list(places.values()), 0)
+        lengths = np.sqrt(np.vecdot(own, own)) + np.float32(_TINY)
+        known = self._means.take(rows, 0)
+        known += np.float32(self._learned) * (own / lengths[:, None] - known)
+        self._means[rows] = known
+        for row, square in zip(rows, np.vecdot(known, known).tolist(), strict=True):
+            self._squares[row] = square

@@ -4,14 +4,15 @@ The paper's check on the statistics of `verifier.features`; how well the tensor 
 to, which tells that it is another's, or was turned round, or is noise; and of activations how well they agree with the
 stream in what its channels have in common, which tells signs that were changed, and noise that was added. All of it
 at a few places that the receiver draws by itself and tells nobody: a corruption of the whole tensor shows there as well
-as anywhere, and looking at every element of every tensor would cost more than the check is worth. In NumPy, and plain
-floats where there are few of them: when a stage has worked, nothing of this is in a cache any more, so it is the number
-of operations that costs.
+as anywhere, and looking at every element of every tensor would cost more than the check is worth. When a stage has
+worked, nothing of this is in a cache any more, so what costs is how many different operations there are: a few of
+NumPy's again and again, by the shortest way into the library (`dot`, not `@`), and plain floats where there are few.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor
 
 from verifier import features
-from verifier.baseline import Centring, MeanTensor, Recent
-from verifier.by_token import ByToken, Tokens
+from verifier.baseline import Centring, Recent
+from verifier.by_token import ByToken
 from verifier.senders import Apart, Latest, Sums
 from verifier.streams import Direction, Peer
 
 _Seen: TypeAlias = npt.NDArray[np.float32]
+Tokens: TypeAlias = npt.NDArray[np.integer]
 
 _ELEMENTS = 2048
 _FEWEST_PLACES = 4
@@ -39,6 +41,8 @@ _ROUNDING = 1e-5
 # from every eighth.
 _YOUNG, _LEARNS_EVERY = 64, 4
 _NEWBORN, _LEARNS_TENSORS_EVERY = 32, 8
+_LEARNS_TOGETHER = 4
+"""Of what is usual of distances: to learn from four of them costs as much as from one."""
 # Each time that they are learned: of means the paper's, per step of eight replicas.
 _MEANS_KEPT = {Direction.ACTIVATION: 0.9 ** (1 / 4), Direction.GRADIENT: 0.8 ** (1 / 4)}
 _MOMENTS_KEPT = 0.9
@@ -66,8 +70,8 @@ class Guard:
 
     def __init__(self, direction: Direction, generator: np.random.Generator, limit: float = 6.0) -> None:
         self._direction, self._generator, self._limit = direction, generator, limit
-        self._mean = MeanTensor(_MEANS_KEPT[direction])
-        self._moments = MeanTensor(_MOMENTS_KEPT)
+        self._mean: _Seen | None = None
+        self._moments: _Seen | None = None
         self._centring = Centring(len(features.MARGINAL), _FLOORS[direction])
         self._by_token: ByToken | None = None
         self._agreement = (Recent(), Recent())
@@ -75,19 +79,21 @@ class Guard:
         self._apart = Apart()
         self._latest = Latest()
         self._places: torch.Tensor | None = None
-        self._token_of: npt.NDArray[np.int64] | None = None
+        self._labels = np.zeros(0, np.int64)
         self._channels: npt.NDArray[np.int64] | None = None
+        self._to_learn: list[list[float]] = []
         self._usual: _Usual | None = None
         self._scales: tuple[list[float], list[float]] | None = None
         self.checked = self.flagged = 0
 
     def check(self, tensor: Tensor, sender: Peer, labels: Tokens | None = None, *, version: int = 0) -> bool:
-        """Whether a tensor (B, T, W), T >= 2, of any floating dtype, on any device, may be used. `labels` (B, T): the
-        token after each place; without them nothing is compared with tokens. `version`: of the receiver's weights."""
+        """Whether a tensor (B, T, W), T >= 2, of any floating dtype, on any device, may be used. `labels` (B, T) or
+        (B x T,): the token after each place; without them nothing is compared with tokens. `version`: of the
+        receiver's weights."""
         if self._latest.are_outdated(version):
             self._start_anew()
         seen = self._look(tensor)
-        tokens = None if labels is None else labels[:, self._token_of].ravel()
+        tokens = None if labels is None else labels.take(self._labels).tolist()
         values = self._measure(seen, tokens)
         is_odd = values is None or self._is_odd(values, sender)
         if values is not None and not is_odd:
@@ -112,13 +118,11 @@ class Guard:
         for one in self._agreement:
             one.clear()
         self._centring.restart()
+        self._to_learn.clear()
         self._scales = None
 
     def _is_odd(self, values: _Measures, sender: Peer) -> bool:
-        deviations = (
-            usual.deviation(value, finest)
-            for usual, value, finest in zip(self._agreement, values.agreement, _FINEST, strict=True)
-        )
+        deviations = map(Recent.deviation, self._agreement, values.agreement, _FINEST)
         deviation = self._apart.beyond(sender, -min(deviations))
         if self._disagreement.add(sender, deviation):
             return True
@@ -140,23 +144,35 @@ class Guard:
         return math.hypot(*residuals) > self._limit * math.sqrt(len(features.MARGINAL))
 
     def _learn(self, values: _Measures) -> None:
-        row = np.array([values.distances])
-        self._centring.learn(row, self._centring.residuals(row, 0, None))
         for usual, value in zip(self._agreement, values.agreement, strict=True):
             usual.learn(value)
+        self._to_learn.append(values.distances)
+        if len(self._to_learn) < _LEARNS_TOGETHER:
+            return
+        rows = np.array(self._to_learn)
+        self._centring.learn(rows, self._centring.residuals(rows, 0, None))
+        self._to_learn.clear()
         self._scales = None
 
-    def _learn_tensor(self, seen: _Seen, tokens: Tokens | None) -> None:
-        self._mean.update(torch.from_numpy(seen.mean(0)), 1)
+    def _learn_tensor(self, seen: _Seen, tokens: Sequence[int] | None) -> None:
+        self._mean = _blend(self._mean, _mean_of(seen), _MEANS_KEPT[self._direction])
         vectors = self._at_channels(seen.reshape(-1, seen.shape[-1]))
         if self._direction is Direction.ACTIVATION:
-            size = max(float(np.vdot(vectors, vectors)), features.TINY)
-            self._moments.update(torch.from_numpy(vectors.T @ vectors / size), 1)
+            self._learn_moments(vectors)
         if tokens is not None and self._usual is not None:
             if self._by_token is None:
                 self._by_token = ByToken(vectors.shape[1])
-            self._by_token.learn(self._pointing(seen, self._usual), tokens)
+            self._by_token.learn(self._pointing(seen, seen.ravel() - self._usual.mean), tokens)
         self._usual = None
+
+    def _learn_moments(self, vectors: _Seen) -> None:
+        own = vectors * np.float32(1 / max(float(np.vdot(vectors, vectors)), features.TINY))
+        if self._moments is None:
+            self._moments = own.T.dot(vectors)
+            return
+        own *= np.float32(1 - _MOMENTS_KEPT)
+        self._moments *= np.float32(_MOMENTS_KEPT)
+        self._moments += own.T.dot(vectors)
 
     def _look(self, tensor: Tensor) -> _Seen:
         """(B, P, W) the tokens at our places."""
@@ -165,24 +181,24 @@ class Guard:
             count = min(tokens - 1, max(_FEWEST_PLACES, _ELEMENTS // (sequences * width)))
             # Not the first place: labels do not tell what went in there.
             places = 1 + np.sort(self._generator.choice(tokens - 1, count, replace=False))
-            self._token_of = places - 1 if self._direction is Direction.ACTIVATION else places
+            token_of = places - 1 if self._direction is Direction.ACTIVATION else places
+            self._labels = (tokens * np.arange(sequences)[:, None] + token_of).ravel()
             self._places = torch.from_numpy(places).to(tensor.device)
             if width > _MOST_CHANNELS:
                 self._channels = np.sort(self._generator.choice(width, _MOST_CHANNELS, replace=False))
         seen: _Seen = tensor.detach().index_select(1, self._places).to("cpu", torch.float32).numpy()
         return seen
 
-    def _pointing(self, seen: _Seen, usual: _Usual) -> _Seen:
+    def _pointing(self, seen: _Seen, away: _Seen) -> _Seen:
         """(n, channels) what is compared with tokens: of activations what they do not have in common anyway."""
-        flat = seen.ravel()
-        vectors = flat - usual.mean if self._direction is Direction.ACTIVATION else flat
+        vectors = away if self._direction is Direction.ACTIVATION else seen
         return self._at_channels(vectors.reshape(-1, seen.shape[-1]))
 
     def _at_channels(self, vectors: _Seen) -> _Seen:
         """Vectors (n, W) at our channels, which are all where there are few."""
         return vectors if self._channels is None else vectors[:, self._channels]
 
-    def _measure(self, seen: _Seen, tokens: Tokens | None) -> _Measures | None:
+    def _measure(self, seen: _Seen, tokens: Sequence[int] | None) -> _Measures | None:
         """None for what is not finite, and where it is the same at every place: then there is nothing of the text in
         it, however near to the mean it is."""
         if self._usual is None:
@@ -190,23 +206,25 @@ class Guard:
         usual, elements = self._usual, seen.size
         flat, vectors = seen.ravel(), seen.reshape(-1, seen.shape[-1])
         away = flat - usual.mean
-        square, squares = float(np.vdot(away, away)), float(np.vdot(flat, flat))
+        square = float(np.vdot(away, away))
         # The signs' product is 1 where they agree, and -1 where not.
         flips = max(0.0, 0.5 - float(np.vdot(np.copysign(_ONE, flat), usual.signs)) / (2 * elements))
-        own = usual.directions @ vectors.T
+        own = usual.directions.dot(vectors.T)
         own.sort(axis=1)
         least, most = own.item(0), own.item(len(vectors) - 1)
-        if not math.isfinite(square + squares) or most - least <= _ROUNDING * abs(least):
+        if not math.isfinite(square) or most - least <= _ROUNDING * abs(least):
             return None
-        apart = (own - usual.projected).ravel()
         by_token = moments = 0.0
-        if tokens is not None and self._by_token is not None:
-            by_token = self._by_token.agreement(self._pointing(seen, usual), tokens)
         if usual.moments is not None:
-            moments = math.log(_agreement(self._at_channels(vectors), usual.moments) + features.TINY)
+            moments = math.log(_agreement(self._at_channels(vectors), usual) + features.TINY)
+        if tokens is not None and self._by_token is not None:
+            by_token = self._by_token.agreement(self._pointing(seen, away), tokens)
         distances = (
-            _size(away) / elements, math.sqrt(square / elements) / usual.size, flips, _size(apart) / own.size
-        )  # fmt: skip
+            _size(away) / elements,
+            math.sqrt(square / elements) / usual.size,
+            flips,
+            _size(own - usual.projected) / own.size,
+        )
         return _Measures(
             [math.log(one + few) for one, few in zip(distances, features.LEAST, strict=True)],
             (by_token, moments),
@@ -214,18 +232,20 @@ class Guard:
 
     def _what_is_usual(self, seen: _Seen) -> _Usual:
         """From what was learned; where that is nothing yet, from what is seen."""
-        mean = seen.mean(0) if self._mean.value is None else self._mean.value.numpy()
-        moments = None if self._moments.value is None else self._moments.value.numpy()
+        mean = _mean_of(seen) if self._mean is None else self._mean
+        count, moments = len(seen), self._moments
         directions: _Seen = features.projections(seen.shape[-1]).numpy().T
-        projected = np.sort(directions @ mean.T, axis=1)
-        every = np.tile(mean.ravel(), len(seen))
+        projected = directions.dot(mean.T)
+        projected.sort(axis=1)
+        every = mean.reshape(1, -1).repeat(count, axis=0).ravel()
         return _Usual(
             every,
             np.copysign(_ONE, every),
             math.sqrt(float(np.vdot(mean, mean)) / mean.size) + features.TINY,
             directions,
-            projected.repeat(len(seen), axis=1),
-            moments if moments is None else moments / (np.linalg.norm(moments) + features.TINY),
+            projected.repeat(count, axis=1),
+            moments,
+            0.0 if moments is None else math.sqrt(float(np.vdot(moments, moments))) + features.TINY,
         )
 
 
@@ -241,7 +261,7 @@ class _Measures(NamedTuple):
 class _Usual:
     """The mean (P W) and its signs, -1 or 1, each as often as there are sequences, so that nothing is left to fit to
     what is seen; its root mean square; the directions (directions, W), and the mean's sorted projections on them, each
-    as often, too; and of activations the second moments (channels, channels), of norm 1."""
+    as often, too; and of activations the second moments (channels, channels), and their norm."""
 
     mean: _Seen
     signs: _Seen
@@ -249,15 +269,29 @@ class _Usual:
     directions: _Seen
     projected: _Seen
     moments: _Seen | None
+    moments_size: float
 
 
-def _agreement(vectors: _Seen, moments: _Seen) -> float:
+def _agreement(vectors: _Seen, usual: _Usual) -> float:
     """How much of vectors (n, channels) lies along what they usually have in common: the mean of `y M y`, weighted by
     their squared lengths. At most 1, as where all of them are along one direction."""
+    assert usual.moments is not None
     squares = max(float(np.vdot(vectors, vectors)), features.TINY)
-    return float(np.vdot(vectors @ moments, vectors)) / squares
+    return float(np.vdot(vectors.dot(usual.moments), vectors)) / squares / usual.moments_size
 
 
 def _size(numbers: _Seen) -> float:
-    """The sum of absolute values of numbers (n,), which are overwritten."""
-    return float(np.vdot(np.abs(numbers, out=numbers), features.ones(len(numbers))))
+    """The sum of their absolute values, by operations that are at hand."""
+    return float(np.vdot(numbers, np.copysign(_ONE, numbers)))
+
+
+def _mean_of(seen: _Seen) -> _Seen:
+    """(P, W) the mean over sequences. NumPy's own takes three times as long on so little."""
+    count, *shape = seen.shape
+    mean: _Seen = features.ones(count).dot(seen.reshape(count, -1)).reshape(shape) / np.float32(count)
+    return mean
+
+
+def _blend(old: _Seen | None, new: _Seen, kept: float) -> _Seen:
+    """An EMA, which begins with the first."""
+    return new if old is None else new + np.float32(kept) * (old - new)

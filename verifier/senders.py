@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from statistics import median_low
 from typing import NamedTuple
 
 from verifier.streams import Peer
@@ -113,7 +112,7 @@ class Apart:
         others = [one for peer, one in self._latest.items() if peer != sender]
         _note_latest(self._latest, sender, deviation)
         # The lower one of two: of two others one may be an attacker, or one who is banned by now.
-        return deviation - max(0.0, median_low(others)) if others else deviation
+        return deviation - max(0.0, sorted(others)[(len(others) - 1) // 2]) if others else deviation
 
     def clear(self) -> None:
         self._latest.clear()
@@ -124,18 +123,18 @@ class Repeats:
 
     What comes again for its slot is a microbatch that was lost: it is evidence of nothing new, and is answered as
     before. But no two inputs give an honest stage the same output to the last bit; who sends what it sent before,
-    whatever it was given, does. By digests, which are there anyway: it costs a look-up. Of one sender, or others could
-    make its own look repeated.
+    whatever it was given, does. By hashes of digests that are there anyway: it costs a look-up. Of one sender, or
+    others could make its own look repeated.
     """
 
     _remembered = 4096
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[Peer, bytes], _Judged] = OrderedDict()
+        self._known: OrderedDict[tuple[Peer, int], _Judged] = OrderedDict()
 
-    def judged(self, sender: Peer, tensor: bytes, made_of: bytes, slot: int) -> bool | None:
-        """Whether a tensor of this digest may be used, which its sender says it made of an input of that digest. None
-        if that is still to be judged, and then to be `note`d."""
+    def judged(self, sender: Peer, tensor: int, made_of: bytes, slot: int) -> bool | None:
+        """Whether a tensor of this hash may be used, which its sender says it made of an input of that digest. None if
+        that is still to be judged, and then to be `note`d."""
         known = self._known.get((sender, tensor))
         if known is None:
             return None
@@ -143,7 +142,7 @@ class Repeats:
             return False
         return known.may_be_used if known.slot == slot else None
 
-    def note(self, sender: Peer, tensor: bytes, made_of: bytes, slot: int, *, may_be_used: bool) -> None:
+    def note(self, sender: Peer, tensor: int, made_of: bytes, slot: int, *, may_be_used: bool) -> None:
         """The longest known is forgotten first."""
         self._known[sender, tensor] = _Judged(made_of, slot, may_be_used)
         if len(self._known) > self._remembered:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from verifier.attacks import View
-from verifier.by_token import ByToken, Tokens
-from verifier.guard import Guard
+from verifier.by_token import ByToken
+from verifier.guard import Guard, Tokens
 from verifier.saboteur import parse_attack
 from verifier.streams import Direction
 
@@ -24,7 +24,7 @@ def taught(seed: int) -> tuple[ByToken, np.ndarray]:  # type: ignore[type-arg]
     known, centres = ByToken(WIDTH), generator.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
     for _ in range(20):
         labels = generator.integers(0, VOCABULARY, 200)
-        known.learn(centres[labels], labels)
+        known.learn(centres[labels], labels.tolist())
     return known, centres
 
 
@@ -33,17 +33,19 @@ def test_agreement_is_a_cosine_whatever_the_size(seed: int, scale: float) -> Non
     known, centres = taught(seed)
     labels = np.random.default_rng(seed).integers(0, VOCABULARY, 40)
     tokens = centres[labels] * np.float32(scale)
-    assert known.agreement(tokens, labels) == pytest.approx(1.0, abs=0.02)
-    assert known.agreement(-tokens, labels) == pytest.approx(-1.0, abs=0.02)
-    assert abs(known.agreement(np.roll(tokens, 1, axis=0), labels)) < 0.9
+    assert known.agreement(tokens, labels.tolist()) == pytest.approx(1.0, abs=0.02)
+    assert known.agreement(-tokens, labels.tolist()) == pytest.approx(-1.0, abs=0.02)
+    assert abs(known.agreement(np.roll(tokens, 1, axis=0), labels.tolist())) < 0.9
 
 
 def test_nothing_is_said_of_labels_that_were_never_seen_nor_of_tokens_of_nothing() -> None:
-    known, labels = ByToken(WIDTH), np.arange(3)
+    known, labels = ByToken(WIDTH), [0, 1, 2]
     ones = np.ones((3, WIDTH), np.float32)
     assert known.agreement(ones, labels) == 0.0
     known.learn(ones, labels)
-    assert known.agreement(ones, labels + ByToken.rows) == pytest.approx(1.0), "rows are shared"
+    assert known.agreement(ones, [label + ByToken.rows for label in labels]) == pytest.approx(1.0), (
+        "rows are shared"
+    )
     assert known.agreement(0 * ones, labels) == 0.0
 
 
@@ -52,7 +54,7 @@ def test_however_often_a_token_occurs_it_counts_once(times: int) -> None:
     known, centres = taught(0)
     labels = np.array([0] * times + [*range(1, 10)])
     vectors = centres[labels] * np.where(labels == 0, -1, 1).astype(np.float32)[:, None]
-    assert known.agreement(vectors, labels) == pytest.approx(0.8, abs=0.05)
+    assert known.agreement(vectors, labels.tolist()) == pytest.approx(0.8, abs=0.05)
 
 
 _CENTRES = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -39,9 +39,11 @@ def taught(count: int = 200, seed: int = 0) -> tuple[Guard, torch.Generator]:
 def test_its_statistics_are_those_of_the_core() -> None:
     guard, generator = taught()
     tensor = honest(generator)
-    assert guard._places is not None and guard._mean.value is not None
+    assert guard._places is not None and guard._mean is not None
     seen = tensor[:, guard._places]
-    expected = features.marginal_distances(seen[None], guard._mean.value, features.projections(SHAPE[2]))
+    expected = features.marginal_distances(
+        seen[None], torch.from_numpy(guard._mean), features.projections(SHAPE[2])
+    )
     values = guard._measure(seen.numpy(), None)
     assert values is not None
     assert values.distances == pytest.approx(features.log_marginal(expected)[0], abs=1e-4)
@@ -278,28 +280,24 @@ def test_a_hard_text_that_comes_again_is_not_held_against_its_sender() -> None:
 
 def test_the_same_tensor_of_another_input_is_a_repeat_of_its_sender_alone() -> None:
     repeats = Repeats()
-    assert repeats.judged("a", b"tensor", b"one", 1) is None
-    repeats.note("a", b"tensor", b"one", 1, may_be_used=True)
-    assert repeats.judged("a", b"tensor", b"two", 1) is False
-    assert repeats.judged("b", b"tensor", b"two", 1) is None, (
-        "what another sent first says nothing of this one"
-    )
+    assert repeats.judged("a", 1, b"one", 1) is None
+    repeats.note("a", 1, b"one", 1, may_be_used=True)
+    assert repeats.judged("a", 1, b"two", 1) is False
+    assert repeats.judged("b", 1, b"two", 1) is None, "what another sent first says nothing of this one"
 
 
 @pytest.mark.parametrize("may_be_used", [True, False])
 def test_what_is_sent_again_for_its_slot_is_answered_as_before(may_be_used: bool) -> None:
     repeats = Repeats()
-    repeats.note("a", b"tensor", b"one", 1, may_be_used=may_be_used)
-    assert repeats.judged("a", b"tensor", b"one", 1) is may_be_used
-    assert repeats.judged("a", b"tensor", b"one", 2) is None, (
-        "of another slot it is judged by that one's tokens"
-    )
+    repeats.note("a", 1, b"one", 1, may_be_used=may_be_used)
+    assert repeats.judged("a", 1, b"one", 1) is may_be_used
+    assert repeats.judged("a", 1, b"one", 2) is None, "of another slot it is judged by that one's tokens"
 
 
 def test_what_was_sent_long_ago_is_forgotten() -> None:
     repeats = Repeats()
     for number in range(5000):
-        repeats.note("a", number.to_bytes(4), b"one", number, may_be_used=True)
-    assert repeats.judged("a", (0).to_bytes(4), b"two", 0) is None
-    assert repeats.judged("a", (4999).to_bytes(4), b"two", 4999) is False
+        repeats.note("a", number, b"one", number, may_be_used=True)
+    assert repeats.judged("a", 0, b"two", 0) is None
+    assert repeats.judged("a", 4999, b"two", 4999) is False
     assert len(repeats._known) <= 4096
