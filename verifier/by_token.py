@@ -50,12 +50,11 @@ class ByToken:
 
     def learn(self, vectors: _Vectors, tokens: Sequence[int]) -> None:
         """As `agreement`. Every place counts the same, however large what is there; of a token that occurs more than
-        once, one of its places."""
-        places = {token % self.rows: place for place, token in enumerate(tokens)}
-        rows, own = list(places), vectors.take(list(places.values()), 0)
-        lengths = np.sqrt(np.vecdot(own, own)) + np.float32(_TINY)
+        once, the last of its places."""
+        rows = [token % self.rows for token in tokens]
+        lengths = np.sqrt(np.vecdot(vectors, vectors)) + np.float32(_TINY)
         known = self._means.take(rows, 0)
-        known += np.float32(self._learned) * (own / lengths[:, None] - known)
+        known += np.float32(self._learned) * (vectors / lengths[:, None] - known)
         self._means[rows] = known
         for row, square in zip(rows, np.vecdot(known, known).tolist(), strict=True):
             self._squares[row] = square

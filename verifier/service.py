@@ -39,7 +39,8 @@ LISTEN_EVERY, LISTEN_CLOSELY = 3.0, 0.5
 long as somebody is accused."""
 MEET_EVERY, MEET_SOON = 60.0, 2.0
 """Seconds between two looks into the directory; soon, as long as there are nodes that we should know and do not."""
-SIT_EVERY = 1.0
+SIT_EVERY = 5.0
+"""Seconds between two looks for something to judge, though nothing was heard: some of it becomes ready by the clock."""
 _EARLY = 0.05
 """Seconds before its time that a turn may come: timers are not exact."""
 SPEAK_EVERY = 5.0
@@ -237,7 +238,7 @@ class Verifier:
     # --- judging and speaking ---
 
     async def _sit(self) -> None:
-        """As soon as there is something new to look at; some of it becomes ready by the clock."""
+        """As soon as there is something new to look at."""
         await wait_for(self._heard, SIT_EVERY)
         await self.judge.sit(self._spokesman.accused(), self._known)
 
