@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from statistics import median
 
 import numpy as np
 import torch
@@ -21,12 +21,6 @@ def middle(values: Floats) -> Floats:
     ordered = np.sort(values, axis=0)
     median: Floats = (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
     return median
-
-
-def _median(values: Collection[float]) -> float:
-    """Of one or more. `statistics.median` asks more of them than this does in all."""
-    ordered = sorted(values)
-    return (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
 
 
 class MeanTensor:
@@ -240,10 +234,10 @@ class Recent:
         """Of accepted values only."""
         if len(self._usual) == self.near:
             self._away.append(value - self._expected)
-            self._drift = _median(self._away)
-            self._spread = 1.4826 * _median([abs(one - self._drift) for one in self._away])
+            self._drift = median(self._away)
+            self._spread = 1.4826 * median(abs(one - self._drift) for one in self._away)
         self._usual.append(value)
-        self._expected = _median(self._usual)
+        self._expected = median(self._usual)
 
     def clear(self) -> None:
         """Forget everything: it is no longer what it was."""

@@ -160,10 +160,15 @@ def transition(inputs: Tensor, outputs: Tensor, mean_step: Tensor | None) -> tup
 
 def mean_tensor(outputs: Tensor) -> Tensor:
     """(T, W) the mean of outputs (N, B, T, W)."""
-    every = _array(outputs).reshape(-1, *outputs.shape[2:])
+    return torch.from_numpy(mean_of(_array(outputs).reshape(-1, *outputs.shape[2:])))
+
+
+def mean_of(sequences: Singles) -> Singles:
+    """(T, W) the mean of sequences (n, T, W)."""
+    count, *shape = sequences.shape
     # A product with ones takes a third of the time of a mean over the leading dimension.
-    mean = ones(len(every)) @ every.reshape(len(every), -1) / len(every)
-    return torch.from_numpy(mean.reshape(every.shape[1:]))
+    mean: Singles = ones(count).dot(sequences.reshape(count, -1)).reshape(shape) / np.float32(count)
+    return mean
 
 
 def _lengths(rows: Singles) -> Floats:

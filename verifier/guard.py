@@ -155,24 +155,16 @@ class Guard:
         self._scales = None
 
     def _learn_tensor(self, seen: _Seen, tokens: Sequence[int] | None) -> None:
-        self._mean = _blend(self._mean, _mean_of(seen), _MEANS_KEPT[self._direction])
+        self._mean = _blend(self._mean, features.mean_of(seen), _MEANS_KEPT[self._direction])
         vectors = self._at_channels(seen.reshape(-1, seen.shape[-1]))
         if self._direction is Direction.ACTIVATION:
-            self._learn_moments(vectors)
+            scale = np.float32(1 / max(float(np.vdot(vectors, vectors)), features.TINY))
+            self._moments = _blend(self._moments, (vectors * scale).T.dot(vectors), _MOMENTS_KEPT)
         if tokens is not None and self._usual is not None:
             if self._by_token is None:
                 self._by_token = ByToken(vectors.shape[1])
             self._by_token.learn(self._pointing(seen, seen.ravel() - self._usual.mean), tokens)
         self._usual = None
-
-    def _learn_moments(self, vectors: _Seen) -> None:
-        own = vectors * np.float32(1 / max(float(np.vdot(vectors, vectors)), features.TINY))
-        if self._moments is None:
-            self._moments = own.T.dot(vectors)
-            return
-        own *= np.float32(1 - _MOMENTS_KEPT)
-        self._moments *= np.float32(_MOMENTS_KEPT)
-        self._moments += own.T.dot(vectors)
 
     def _look(self, tensor: Tensor) -> _Seen:
         """(B, P, W) the tokens at our places."""
@@ -232,7 +224,7 @@ class Guard:
 
     def _what_is_usual(self, seen: _Seen) -> _Usual:
         """From what was learned; where that is nothing yet, from what is seen."""
-        mean = _mean_of(seen) if self._mean is None else self._mean
+        mean = features.mean_of(seen) if self._mean is None else self._mean
         count, moments = len(seen), self._moments
         directions: _Seen = features.projections(seen.shape[-1]).numpy().T
         projected = directions.dot(mean.T)
@@ -285,13 +277,11 @@ def _size(numbers: _Seen) -> float:
     return float(np.vdot(numbers, np.copysign(_ONE, numbers)))
 
 
-def _mean_of(seen: _Seen) -> _Seen:
-    """(P, W) the mean over sequences. NumPy's own takes three times as long on so little."""
-    count, *shape = seen.shape
-    mean: _Seen = features.ones(count).dot(seen.reshape(count, -1)).reshape(shape) / np.float32(count)
-    return mean
-
-
 def _blend(old: _Seen | None, new: _Seen, kept: float) -> _Seen:
-    """An EMA, which begins with the first."""
-    return new if old is None else new + np.float32(kept) * (old - new)
+    """An EMA, which begins with the first. Both are overwritten: a new array is new memory."""
+    if old is None:
+        return new
+    old *= np.float32(kept)
+    new *= np.float32(1 - kept)
+    old += new
+    return old

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from statistics import median_low
 from typing import NamedTuple
 
 from verifier.streams import Peer
@@ -112,7 +113,7 @@ class Apart:
         others = [one for peer, one in self._latest.items() if peer != sender]
         _note_latest(self._latest, sender, deviation)
         # The lower one of two: of two others one may be an attacker, or one who is banned by now.
-        return deviation - max(0.0, sorted(others)[(len(others) - 1) // 2]) if others else deviation
+        return deviation - max(0.0, median_low(others)) if others else deviation
 
     def clear(self) -> None:
         self._latest.clear()
