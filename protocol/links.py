@@ -356,6 +356,8 @@ class Switchboard:
 
     def _on_frame(self, link: Link, stream: Stream, message: wire.Message, payload: Payload) -> None:
         if link.closed:
+            # Whose hello comes only now may go on until it reads our farewell: a refusal would reset the stream first.
+            stream.greeted = stream.greeted or isinstance(message, Hello)
             return
         if isinstance(message, Hello):
             self._greet(link, stream, message)
@@ -378,8 +380,6 @@ class Switchboard:
             raise ProtocolError(Reason.WRONG_VERSION, str(hello.version))
         if hello.run != self.run:
             raise ProtocolError(Reason.FOREIGN_RUN)
-        if link.closed:
-            return
         if link.was_up and hello.session != link.their_session:
             # It gave up the link that we still believe in, with all that was under way on it. So do we; it dials again.
             log.info("link begun anew by the other side", peer=link.peer)

@@ -19,7 +19,19 @@ from protocol.errors import ProtocolError, Reason
 from protocol.host import Host
 from protocol.identity import Identity, PeerId
 from protocol.links import Answer, Link, Switchboard
-from protocol.messages import MAX_CHUNK, Activation, Farewell, Gradient, Ping, Reply, Request, frame_of
+from protocol.messages import (
+    MAX_CHUNK,
+    PROTOCOL_VERSION,
+    SESSION_SIZE,
+    Activation,
+    Farewell,
+    Gradient,
+    Hello,
+    Ping,
+    Reply,
+    Request,
+    frame_of,
+)
 from protocol.requests import Nothing
 from protocol.vote_set import VoteSet
 from protocol.votes import Cause, Electorate, Verdict
@@ -305,9 +317,7 @@ async def test_a_banned_peer_is_neither_accepted_nor_dialled_until_it_is_voted_d
 async def test_whom_a_peer_knows_as_banned_when_it_starts_to_obey(pair: Pair, hosts: list[Host]) -> None:
     answering, _, link = pair
     await until(lambda: hosts[1].peer_id in answering.links)
-    votes = VoteSet(electorate_of(answering.run))
-    ban(votes, hosts[1].peer_id, VERIFIERS[:2], time.time())
-    answering.obey(votes)
+    answering.obey(votes_against(hosts[1].peer_id, answering.run))
     assert not answering.links
     await until(lambda: link.farewell is Reason.BANNED)
 
@@ -331,6 +341,12 @@ async def test_who_has_not_greeted_us_yet_is_told_that_it_is_banned_all_the_same
 
 def electorate_of(run: bytes) -> Electorate:
     return Electorate(run, frozenset(one.peer_id for one in VERIFIERS), quorum=2, term=3600)
+
+
+def votes_against(peer: PeerId, run: bytes) -> VoteSet:
+    votes = VoteSet(electorate_of(run))
+    ban(votes, peer, VERIFIERS[:2], time.time())
+    return votes
 
 
 def banning(switchboard: Switchboard, peer: PeerId) -> VoteSet:
@@ -367,6 +383,25 @@ async def test_a_stream_that_comes_while_its_link_closes_is_no_offence(pair: Pai
                 pass
     theirs.close()
     assert stranger not in answering._penalties and not answering.refusals.counts[Reason.MALFORMED]
+
+
+async def test_a_farewell_is_read_by_one_whose_hello_comes_after_it(pair: Pair) -> None:
+    """It greets and pings before it can know that it is banned: neither must reset the stream under the farewell."""
+    answering, _, _ = pair
+    stranger = Identity.generate().peer_id
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    await answering._adopt(stranger, ours)
+    answering.obey(votes_against(stranger, answering.run))
+    loop = asyncio.get_running_loop()
+    hello = Hello(PROTOCOL_VERSION, answering.run, 1, secrets.token_bytes(SESSION_SIZE))
+    await loop.sock_sendall(theirs, frame_of(hello) + frame_of(Ping(1)))
+    heard = b""
+    with theirs:
+        async with asyncio.timeout(10):
+            while more := await loop.sock_recv(theirs, 4096):
+                heard += more
+    assert frame_of(Farewell(Reason.BANNED)) in heard
 
 
 async def test_a_link_is_kept_with_one_attempt_at_a_time(pair: Pair, hosts: list[Host]) -> None:
