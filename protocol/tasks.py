@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeAlias
 
 import structlog
 
 from protocol.errors import ProtocolError
 
 log = structlog.get_logger("tasks")
+
+_Coroutine: TypeAlias = Coroutine[Any, Any, None]
 
 
 class Background:
@@ -18,10 +21,11 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Future[None]] = set()
 
-    def spawn(self, work: Awaitable[None]) -> None:
+    def spawn(self, work: Awaitable[None]) -> asyncio.Future[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_done)
+        return task
 
     def _on_done(self, task: asyncio.Future[None]) -> None:
         self._tasks.discard(task)
@@ -39,18 +43,21 @@ class TaskSet(Background):
         super().__init__()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def every(self, seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+    def every(self, seconds: float, action: Callable[[], _Coroutine]) -> None:
         """Again and again; what the network does to one turn is logged, and the next one tried."""
 
         async def repeat() -> None:
             while True:
-                try:
-                    await action()
-                except (ProtocolError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-                    log.warning("will be tried again", action=action.__name__, reason=str(error))
+                await _try(action())
                 await asyncio.sleep(seconds)
 
         self.spawn(repeat())
+
+    async def try_for(self, seconds: float, *works: _Coroutine) -> None:
+        """All at once, until they are done, but no longer than `seconds`: what is not done then goes on without us.
+        What the network does to one of them is logged."""
+        if tasks := [self.spawn(_try(work)) for work in works]:
+            await asyncio.wait(tasks, timeout=seconds)
 
     def _on_done(self, task: asyncio.Future[None]) -> None:
         super()._on_done(task)
@@ -66,6 +73,13 @@ class TaskSet(Background):
     async def stop(self) -> None:
         await super().stop()
         self._failure.cancel()
+
+
+async def _try(work: _Coroutine) -> None:
+    try:
+        await work
+    except (ProtocolError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        log.warning("will be tried again", action=getattr(work, "__name__", ""), reason=str(error))
 
 
 async def wait_for(event: asyncio.Event, timeout: float) -> None:

@@ -151,7 +151,6 @@ class Judge:
         panel = self._draw(accused, new)
         if not panel:
             return set()
-        self._round += 1
         self.counts["sampled"] += len(panel)
         return await self._examine(panel, accused)
 
@@ -179,6 +178,8 @@ class Judge:
     async def _examine(self, panel: Sequence[Journey], accused: Collection[PeerId]) -> set[PeerId]:
         questions = [(journey, self._questions(journey)) for journey in panel]
         answers = await self._ask([one for _, some in questions for one in some])
+        self._round += 1
+        own = self._round  # Another panel may be looked at meanwhile, where one has to wait for somebody.
         found = [self._look_at(journey, some, answers) for journey, some in questions]
         works = [work for some in found for work in some if not self._is_banned(work.peer)]
         for (stage, direction), group in streams_of(works):
@@ -186,7 +187,7 @@ class Judge:
             flagged = [one for one in panel if any(way is direction for _, way in one.flagged)]
             suspects = {*accused, *(peer for journey in flagged for peer in journey.blamed(self._stages))}
             replicas = self._replicas(stage)
-            screening = await self._in_thread(self.bench.screen, group, self._round, len(replicas))
+            screening = await self._in_thread(self.bench.screen, group, own, len(replicas))
             odd = {journey.microbatch for journey in flagged}
             places = self.bench.worth_hearing(screening, group, suspects, odd)
             places += self._routine_hearing(group, places)

@@ -43,6 +43,11 @@ SIT_EVERY = 5.0
 """Seconds between two looks for something to judge, though nothing was heard: some of it becomes ready by the clock."""
 _EARLY = 0.05
 """Seconds before its time that a turn may come: timers are not exact."""
+PATIENCE = 1.5
+"""Seconds for which a turn of listening, and a panel, keep the next one waiting: who stalls may take longer, and delays
+nobody else's."""
+MAX_PANELS = 4
+"""Looked at at the same time, where somebody who stalls is in them."""
 SPEAK_EVERY = 5.0
 """Seconds between two reviews of our votes, though nothing is new: some go by the clock."""
 EFFORT_EVERY = 5.0
@@ -87,6 +92,9 @@ class Verifier:
         """Set by a node's alarm, and by every vote."""
         self._is_alarmed = False
         self._heard = asyncio.Event()
+        self._asked: set[PeerId] = set()
+        """Nodes that have not answered yet what passed through them."""
+        self._finished = self._panels = 0
 
     # --- joining ---
 
@@ -198,9 +206,9 @@ class Verifier:
         if turn == self._turn and not self._is_alarmed and not self._spokesman.accused():
             return
         self._turn, self._is_alarmed = turn, False
-        before = self.judge.traffic.finished
-        await asyncio.gather(*(self._listen_to(peer, link) for peer, link in self._links.items()))
-        self.judge.earn(self.judge.traffic.finished - before)
+        await self._listen_to_all()
+        before, self._finished = self._finished, self.judge.traffic.finished
+        self.judge.earn(self._finished - before)
         self._heard.set()
         now = monotonic()
         for peer, node in self._nodes.items():
@@ -220,6 +228,13 @@ class Verifier:
         self._called.set()
         return b"", memoryview(b"")
 
+    async def _listen_to_all(self) -> None:
+        """Who still owes an answer is not asked again."""
+        assert self._tasks is not None
+        links = {peer: link for peer, link in self._links.items() if peer not in self._asked}
+        self._asked |= links.keys()
+        await self._tasks.try_for(PATIENCE, *(self._listen_to(*one) for one in links.items()))
+
     async def _listen_to(self, peer: PeerId, link: Link) -> None:
         node = self._nodes.setdefault(peer, _Node(link.stage, monotonic()))
         try:
@@ -227,6 +242,8 @@ class Verifier:
         except ProtocolError as error:
             self.judge.hold_against(peer, "does not say what passed through it", error)
             return
+        finally:
+            self._asked.discard(peer)
         now = monotonic()
         self.judge.traffic.take(peer, link.stage, listed.passages, node.heard_at, now)
         node.cursor, node.heard_at = listed.serial, now
@@ -239,8 +256,17 @@ class Verifier:
 
     async def _sit(self) -> None:
         """As soon as there is something new to look at."""
+        assert self._tasks is not None
         await wait_for(self._heard, SIT_EVERY)
-        await self.judge.sit(self._spokesman.accused(), self._known)
+        if self._panels < MAX_PANELS:
+            self._panels += 1
+            await self._tasks.try_for(PATIENCE, self._look_at_panel())
+
+    async def _look_at_panel(self) -> None:
+        try:
+            await self.judge.sit(self._spokesman.accused(), self._known)
+        finally:
+            self._panels -= 1
 
     async def _speak(self) -> None:
         """Vote as soon as there is something new to say: a panel may take seconds to the end."""
