@@ -7,6 +7,7 @@ Speaks to nodes through the inquirer; the judging core runs on a thread of its o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import secrets
 from collections import Counter
@@ -96,7 +97,7 @@ class Judge:
         self._routine = Allowance(2.0 * self._panel_size, 0.0)
         self._alarms = Allowance(ALARMS_SAVED, ALARMS_SAVED)
         self._hearings = Allowance(HEARINGS_SAVED, _ROUTINE_ABOVE)
-        self._round = 0
+        self._rounds = itertools.count(1)
         self._pursued_at = -PURSUE_EVERY
         self._held_lost: dict[PeerId, float] = {}
         self._stalled_until, self._pulse = 0.0, monotonic()
@@ -178,8 +179,8 @@ class Judge:
     async def _examine(self, panel: Sequence[Journey], accused: Collection[PeerId]) -> set[PeerId]:
         questions = [(journey, self._questions(journey)) for journey in panel]
         answers = await self._ask([one for _, some in questions for one in some])
-        self._round += 1
-        own = self._round  # Another panel may be looked at meanwhile, where one has to wait for somebody.
+        # Another panel's may begin before this one's is over, where somebody has to be waited for.
+        round_ = next(self._rounds)
         found = [self._look_at(journey, some, answers) for journey, some in questions]
         works = [work for some in found for work in some if not self._is_banned(work.peer)]
         for (stage, direction), group in streams_of(works):
@@ -187,7 +188,7 @@ class Judge:
             flagged = [one for one in panel if any(way is direction for _, way in one.flagged)]
             suspects = {*accused, *(peer for journey in flagged for peer in journey.blamed(self._stages))}
             replicas = self._replicas(stage)
-            screening = await self._in_thread(self.bench.screen, group, own, len(replicas))
+            screening = await self._in_thread(self.bench.screen, group, round_, len(replicas))
             odd = {journey.microbatch for journey in flagged}
             places = self.bench.worth_hearing(screening, group, suspects, odd)
             places += self._routine_hearing(group, places)

@@ -94,7 +94,8 @@ class Verifier:
         self._heard = asyncio.Event()
         self._asked: set[PeerId] = set()
         """Nodes that have not answered yet what passed through them."""
-        self._finished = self._panels = 0
+        self._finished = 0
+        self._panels = asyncio.Semaphore(MAX_PANELS)
 
     # --- joining ---
 
@@ -231,12 +232,12 @@ class Verifier:
     async def _listen_to_all(self) -> None:
         """Who still owes an answer is not asked again."""
         assert self._tasks is not None
-        links = {peer: link for peer, link in self._links.items() if peer not in self._asked}
-        self._asked |= links.keys()
-        await self._tasks.try_for(PATIENCE, *(self._listen_to(*one) for one in links.items()))
+        free = [(peer, link) for peer, link in self._links.items() if peer not in self._asked]
+        await self._tasks.try_for(PATIENCE, *(self._listen_to(peer, link) for peer, link in free))
 
     async def _listen_to(self, peer: PeerId, link: Link) -> None:
         node = self._nodes.setdefault(peer, _Node(link.stage, monotonic()))
+        self._asked.add(peer)
         try:
             listed = await self._inquirer.list_passages(link, node.cursor)
         except ProtocolError as error:
@@ -258,15 +259,12 @@ class Verifier:
         """As soon as there is something new to look at."""
         assert self._tasks is not None
         await wait_for(self._heard, SIT_EVERY)
-        if self._panels < MAX_PANELS:
-            self._panels += 1
+        if not self._panels.locked():
             await self._tasks.try_for(PATIENCE, self._look_at_panel())
 
     async def _look_at_panel(self) -> None:
-        try:
+        async with self._panels:
             await self.judge.sit(self._spokesman.accused(), self._known)
-        finally:
-            self._panels -= 1
 
     async def _speak(self) -> None:
         """Vote as soon as there is something new to say: a panel may take seconds to the end."""

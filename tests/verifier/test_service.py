@@ -21,7 +21,6 @@ from verifier.service import Verifier, VerifierConfig
 pytestmark = pytest.mark.timeout(120)
 
 STAGES = 2
-EMPTY = memoryview(b"")
 
 
 @pytest_asyncio.fixture
@@ -31,16 +30,6 @@ async def swarm(tmp_path: Path) -> AsyncIterator[InProcessSwarm]:
     manifest = small_manifest(kind="overlapped", stages=STAGES, rounds=100_000, verification=policy)
     async with in_process_swarm(manifest, tmp_path) as swarm:
         yield swarm
-
-
-async def verify(swarm: InProcessSwarm) -> Verifier:
-    verifier = Verifier(VerifierConfig(swarm.invite, swarm.folder / "verifier.key", LOOPBACK))
-    try:
-        await verifier.start()
-    except BaseException:
-        await verifier.stop()
-        raise
-    return verifier
 
 
 @pytest.mark.parametrize("method", [SAMPLE_LIST, SAMPLE_SHOW])
@@ -58,10 +47,11 @@ async def test_who_stalls_keeps_nobody_else_from_being_looked_at(
     async def stall(link: Link, body: bytes, payload: memoryview) -> Answer:
         is_asked.set()
         await forever.wait()
-        return b"", EMPTY
+        return b"", memoryview(b"")
 
-    verifier = await verify(swarm)
+    verifier = Verifier(VerifierConfig(swarm.invite, swarm.folder / "verifier.key", LOOPBACK))
     try:
+        await verifier.start()
         await swarm.until(lambda: verifier.judge.counts["sampled"] > 0, what="a panel")
         stalling.replica.switchboard.methods[method] = stall
         async with asyncio.timeout(30):
