@@ -6,9 +6,7 @@ import argparse
 import asyncio
 import itertools
 import json
-import logging
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -20,12 +18,10 @@ from typing import Any
 # hivemind reads it when it is imported, here and in the processes that we start.
 os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
 
-import structlog
 import torch
-from rich.console import Console
 
 from benchmarks import gossip, swarm
-from benchmarks.figures import Ratio, Report, family_seconds, machine
+from benchmarks.figures import Ratio, Report, console, family_seconds, machine
 from benchmarks.throughput import speed_manifest, swarm_speed, tiny_manifest, uncut_speed
 from benchmarks.transport import (
     TENSOR_BYTES,
@@ -49,7 +45,7 @@ SCHEDULES: tuple[Schedule, ...] = ("synchronous", "overlapped")
 CODECS: tuple[WireCodec, ...] = ("fp32", "bf16")
 TRIPS: tuple[Trip, ...] = ("forward", "both")
 
-_console = Console(soft_wrap=True)
+_console = console()
 
 
 async def transport(folder: Path, repeat: int, trips: int) -> Report:
@@ -162,10 +158,6 @@ async def delay(folder: Path, repeat: int, rounds: int | None) -> Report:
 
 
 async def _measure(options: argparse.Namespace) -> None:
-    task = asyncio.current_task()
-    assert task is not None
-    # As Ctrl-C does: whatever was started is stopped on the way out.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     results: dict[str, Any] = {"machine": machine(), "parts": {}}
     for part in options.only or PARTS:
         with tempfile.TemporaryDirectory(prefix="sentinel-bench-") as name:
@@ -207,8 +199,7 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
-    # Peers that are banned on purpose, and links that end with it, are no news here.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    gossip.silence()
     _console.print(machine())
     try:
         swarm.run(_measure(options))

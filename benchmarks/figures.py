@@ -71,6 +71,12 @@ class Ratio:
         }
 
 
+def console() -> Console:
+    """Where it is no terminal, wide enough for every table."""
+    found = Console(soft_wrap=True)
+    return found if found.is_terminal else Console(width=160, soft_wrap=True)
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was."""
     described = Path("/proc/cpuinfo")

@@ -1,4 +1,5 @@
-"""How fast a ban spreads: 30 peers on this machine, each with its own p2pd, and a delay on every way between two.
+"""`python -m benchmarks.gossip`: how fast a ban spreads among 30 peers on this machine, each with its own p2pd, and
+with a delay on every way between two.
 
 Every peer's TCP port is reached through a detour that holds each byte back, in both directions; it needs no privileges
 (network namespaces would, and `sch_netem` is not in every kernel). The Python side of all peers shares one event loop,
@@ -7,16 +8,28 @@ so what that loop takes for thirty is in the figures too.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
+import logging
+import os
 import random
 import socket
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from time import monotonic, time
 
-from benchmarks.figures import Ratio, Report
+# hivemind reads it when it is imported, here and in the processes that we start.
+os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+
+import structlog
+
+from benchmarks import swarm
+from benchmarks.figures import Ratio, Report, console, machine
 from protocol.ballots import COMPARE_EVERY, Ballots
 from protocol.errors import ProtocolError, SentinelError, UserError
 from protocol.host import Host
@@ -32,6 +45,7 @@ QUORUM = 2
 DELAY = 0.05
 """Seconds that everything takes from one peer to another."""
 CONTACTS = 8
+_FEWEST = VERIFIERS + 3
 RESTARTED = 0.2
 _AT_ONCE = 4
 _SPREAD_WITHIN = 120.0
@@ -41,6 +55,8 @@ _DOWN_FOR = 2.0
 _STARTS = 5
 _GOAL = 1.0
 _CHUNK = 64 * 1024
+_EARLY = 0.001
+"""Seconds by which a timer of the event loop may be early: it counts from when the loop last looked at the clock."""
 
 
 class Detour:
@@ -80,7 +96,7 @@ class Detour:
 
         with suppress(OSError):
             while data := await reader.read(_CHUNK):
-                loop.call_later(self._delay, write, data)
+                loop.call_later(self._delay + _EARLY, write, data)
         await asyncio.sleep(self._delay)
         writer.close()
 
@@ -326,3 +342,40 @@ async def _with_restarts(crowd: Crowd, report: Report) -> None:
     report.add("restarting: did not know the ban when they were up again", len(chosen) - sum(knew), "")
     report.add("restarting: missed the ban", missed, "")
     await crowd.pardon()
+
+
+def silence() -> None:
+    """Peers that are banned on purpose, and links that end with it, are no news here."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+
+
+async def _measure(repeat: int, size: int) -> Report:
+    with tempfile.TemporaryDirectory(prefix="sentinel-gossip-") as folder:
+        return await spread(Path(folder), repeat, size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gossip", description=__doc__)
+    parser.add_argument(
+        "--peers", type=int, default=PEERS, help="at least six: a seed, verifiers, one to be banned"
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=5, help="bans with everybody up, and as many with restarts"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    chosen = parser.parse_args()
+    if chosen.peers < _FEWEST or chosen.repeat < 1:
+        parser.error(f"it takes at least {_FEWEST} peers and one repetition")
+    silence()
+    try:
+        report = swarm.run(_measure(chosen.repeat, chosen.peers))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)
+    report.show(console())
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps({"machine": machine(), **report.as_json()}, indent=2))
+        print(f"written: {chosen.json}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

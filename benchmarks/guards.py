@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.figures import machine
+from benchmarks.figures import console, machine
 from benchmarks.live import ATTACKS
 from node.data import open_corpus
 from node.presets import build_manifest
@@ -44,7 +43,7 @@ STAGES, REPLICAS, INNER = 3, 3, 1
 _NOBODY = ""
 _A, _G = Direction.ACTIVATION, Direction.GRADIENT
 
-_console = Console(soft_wrap=True)
+_console = console()
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from typing import Any
 # hivemind reads it when it is imported, here and in the processes that we start.
 os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import swarm
 from benchmarks.demo import Threat, run_demo
-from benchmarks.figures import machine
+from benchmarks.figures import console, machine
 from benchmarks.throughput import speed_manifest
 from node.presets import build_manifest
 from protocol.manifest import Manifest
@@ -41,7 +40,7 @@ WARM_UP = "warm-up"
 first run would pay for all."""
 LOSS_GOAL, COST_GOAL, THROUGHPUT_GOAL, FLAGGED_GOAL = 0.05, 0.05, 0.95, 0.005
 
-_console = Console(soft_wrap=True)
+_console = console()
 
 
 @dataclass(frozen=True)
