@@ -19,6 +19,7 @@ from torch import Tensor
 from node.compute import ComputeThread, Urgency
 from node.flights import FinishedStore, Flight, Held, Outgoing, Phase
 from node.passes import Forwarded, Returned, StagePasses
+from node.patience import Patience
 from node.progress import ROUNDS_AHEAD, StageProgress
 from node.routing import Router
 from node.window import Window
@@ -35,8 +36,6 @@ from protocol.votes import Verdict
 
 log = structlog.get_logger("pipeline")
 
-FLIGHT_TIMEOUT = 60.0
-"""Seconds after which a microbatch that was sent on and did not come back is given up."""
 COOL_DOWN = 1.0
 _SUSPECTS_BURDEN = 4.0
 """A suspect gets a quarter of the work that it would get otherwise."""
@@ -78,6 +77,7 @@ class Pipeline:
         )
         self._on_change = on_change
         self._router = Router()
+        self._patience = Patience(hops=max(1, manifest.stages.count - 1 - stage))
         self.window = Window()
         """On a head: how many microbatches it should have in flight."""
         self._unused: dict[PeerId, int] = {}
@@ -334,7 +334,7 @@ class Pipeline:
                 continue
             ready = [
                 peer
-                for peer in self.next_hops()
+                for peer in self._usable(now)
                 if self._credit.get(peer, 0) > 0
                 and self._cooling.get(peer, 0.0) <= now
                 and self._switchboard.links[peer].backlog <= _MAX_BACKLOG
@@ -349,11 +349,15 @@ class Pipeline:
                 self._lose(flight, Reason.LEAVING)
         self._on_change()
 
+    def _usable(self, now: float) -> Collection[PeerId]:
+        """The next hops, without who is in quarantine, or lately let us wait in vain, as long as there are others."""
+        hops = self._outside_quarantine(self.next_hops())
+        return [peer for peer in hops if not self._patience.shuns(peer, now)] or hops
+
     def _choose(self, ready: Collection[PeerId]) -> PeerId | None:
-        """By throughput; a suspect less often, and who is in quarantine only where there is nobody else."""
-        usable = self._outside_quarantine(ready)
-        suspects = {peer: _SUSPECTS_BURDEN for peer in usable if peer in self.verdicts}
-        return self._router.choose(usable, suspects)
+        """By throughput; a suspect less often."""
+        suspects = {peer: _SUSPECTS_BURDEN for peer in ready if peer in self.verdicts}
+        return self._router.choose(ready, suspects)
 
     def _outside_quarantine(self, peers: Collection[PeerId]) -> Collection[PeerId]:
         outside = [peer for peer in peers if self.verdicts.get(peer) is not Verdict.QUARANTINED]
@@ -426,7 +430,9 @@ class Pipeline:
             return
         flight.phase = Phase.BACKWARD
         flight.gradient = Held.of(payload, message.receipt)
-        self._router.measure(link.peer, (monotonic() - flight.sent_at) / flight.queue_at_send)
+        seconds = monotonic() - flight.sent_at
+        self._patience.note(seconds)
+        self._router.measure(link.peer, seconds / flight.queue_at_send)
         self._spawn(self._compute_backward(flight))
 
     async def _compute_backward(self, flight: Flight) -> None:
@@ -543,14 +549,20 @@ class Pipeline:
         self.dropped.prune(now)
         self._cooling = {peer: until for peer, until in self._cooling.items() if until > now}
         for flight in tuple(self.flights.values()):
-            if flight.phase is Phase.SENT and now - flight.sent_at > FLIGHT_TIMEOUT:
-                assert flight.next is not None
-                self._switchboard.refusals.count(flight.next, ProtocolError(Reason.TIMED_OUT, str(flight.id)))
-                # It took at least this long: who does not answer is hardly chosen again while there are others.
-                self._router.measure(flight.next, now - flight.sent_at)
-                self._cooling[flight.next] = now + COOL_DOWN
-                self._lose(flight, Reason.TIMED_OUT)
+            if flight.phase is Phase.SENT and now - flight.sent_at >= self._patience.limit(flight.id.attempt):
+                self._give_up(flight, now)
         self._pump()
+
+    def _give_up(self, flight: Flight, now: float) -> None:
+        """What was sent on does not come back."""
+        peer, waited = flight.next, now - flight.sent_at
+        assert peer is not None
+        log.warning("no answer", microbatch=str(flight.id), sent_to=peer, waited=round(waited, 1))
+        self._switchboard.refusals.count(peer, ProtocolError(Reason.TIMED_OUT, str(flight.id)))
+        # It took at least this long: it is hardly chosen again while there are others.
+        self._router.measure(peer, waited)
+        self._patience.lost(peer, now)
+        self._lose(flight, Reason.TIMED_OUT)
 
     def hand_back(self) -> None:
         """On leaving: what is not finished goes back to its sender, who has it still."""

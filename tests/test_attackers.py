@@ -96,6 +96,19 @@ async def test_the_attacker_is_banned_and_nobody_else(tmp_path: Path, attack: st
         swarm.check_alive(but=[attacker, again])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_who_keeps_half_of_its_work_does_not_hold_up_the_run(tmp_path: Path) -> None:
+    """That cannot be proved of anybody, so nobody is banned; the others soon leave it alone."""
+    async with local_swarm(defended(tmp_path), tmp_path) as swarm, watching(swarm) as observer:
+        attacker = populate(swarm, "withhold:0.5")
+        await until(observer, lambda: newest(observer) >= START, timeout=120, what="the attack")
+        # Those who wait a minute for each that is kept need longer for ten.
+        await rounds_go_on(observer, "past who keeps half of what it gets", 60)
+        assert attacker is not None and not banned(observer)
+        swarm.check_alive()
+
+
 async def hiccup(process: Process) -> None:
     """Until cancelled: stop the process for a moment, again and again."""
     while True:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.swarm import LocalSwarm, Process, local_swarm, until, watching
 from node.observer import Observer
-from node.pipeline import FLIGHT_TIMEOUT
+from node.patience import FLIGHT_TIMEOUT
 from tests.swarms import small_manifest
 
 STAGES, REPLICAS = 3, 2

@@ -13,7 +13,8 @@ import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
 
-from node import pipeline
+from node import patience, pipeline
+from node.flights import Phase
 from protocol import links, messages
 from protocol.codec import TensorHeader
 from protocol.errors import Reason
@@ -339,7 +340,7 @@ async def test_a_silent_receiver_costs_its_microbatches_and_is_avoided(scene: Sc
         await silent.take()
     assert len(victim.pipeline.flights) == CAPACITY
     for flight in victim.pipeline.flights.values():  # A minute later...
-        flight.sent_at -= pipeline.FLIGHT_TIMEOUT + 1
+        flight.sent_at -= patience.FLIGHT_TIMEOUT + 1
     victim.pipeline.check_timeouts()
     assert not victim.pipeline.flights
     for _ in range(CAPACITY):
@@ -365,6 +366,38 @@ async def test_a_silent_receiver_costs_its_microbatches_and_is_avoided(scene: Sc
     serving.cancel()
     for _ in range(5):
         await head.expect(Gradient)
+
+
+async def test_a_receiver_that_keeps_what_it_gets_is_soon_given_up_and_shunned(scene: Scene) -> None:
+    head, tail, victim = scene.head, scene.tail, scene.victim
+    for attempt in range(patience._ENOUGH):  # Then the victim knows how long it usually takes.
+        await round_trip(head, tail, 0, attempt)
+    black_hole = await scene.enter(2)
+    black_hole.link.send(Credit(1000))
+    head.activate(1)
+    kept = await black_hole.take()  # The tail has given no credit.
+    (flight,) = victim.pipeline.flights.values()
+    limit = victim.pipeline._patience.limit(0)
+    assert limit < patience.FLIGHT_TIMEOUT
+    flight.sent_at -= limit
+    victim.pipeline.check_timeouts()
+    assert (await head.expect(Refusal))[0].microbatch == kept
+    assert victim.refused == {Reason.TIMED_OUT: 1}
+    # It waits for the tail rather than use the other one again.
+    for attempt in range(1, 5):
+        head.activate(1, attempt=attempt)
+        await until(lambda: any(one.phase is Phase.UNSENT for one in victim.pipeline.flights.values()))
+        tail.link.send(Credit(1))
+        tail.answer(await tail.take())
+        await head.expect(Gradient)
+    # But where there is nobody else it gets another chance.
+    await tail.leave()
+    head.activate(1, attempt=5)
+    black_hole.answer(await black_hole.take())
+    await head.expect(Gradient)
+    assert black_hole.inbox.empty()
+    await tail.again()
+    await black_hole.leave()
 
 
 async def test_a_receiver_that_ends_gets_its_work_taken_elsewhere(scene: Scene) -> None:
