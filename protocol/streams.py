@@ -10,6 +10,7 @@ from time import monotonic
 from typing import cast
 
 import numpy as np
+import uvloop
 
 from protocol import messages, wire
 from protocol.codec import ArrivingTensor, Payload
@@ -187,7 +188,11 @@ async def attach(stream: Stream, endpoint: socket.socket) -> None:
     """Put `stream` on a connected socket. Raises `ProtocolError` (unreachable) if the socket is dead already."""
     loop = asyncio.get_running_loop()
     try:
-        await loop.create_unix_connection(lambda: stream, sock=endpoint)
+        transport, _ = await loop.create_unix_connection(lambda: stream, sock=endpoint)
     except OSError as error:
         endpoint.close()
         raise ProtocolError(Reason.UNREACHABLE, str(error)) from None
+    if transport.is_closing() and isinstance(loop, uvloop.Loop):
+        # Our greeting already met a peer that is gone. uvloop has closed the descriptor then, before it knew of the
+        # socket, which in the end would close whatever has its number by that time.
+        endpoint.detach()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -221,3 +223,13 @@ def test_a_peer_that_never_reads_loses_the_stream() -> None:
     ear.stream.send(messages.Credit(1))
     assert ear.pipe.closed
     assert [error.reason for error in ear.violations] == [Reason.NOT_READING]
+
+
+def test_a_socket_whose_peer_is_gone_is_closed_only_once() -> None:
+    """The second time it would be somebody else's descriptor. As nodes do, on uvloop."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.close()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(streams.attach(Ear().stream, ours))
+    assert ours.fileno() == -1
