@@ -104,7 +104,11 @@ def _tell(on_gossip: OnGossip, author: PeerId, data: bytes) -> None:
 
 
 async def subscribe(p2p: P2P, topic: str, on_gossip: OnGossip) -> asyncio.Task[None]:
-    """Call `on_gossip(author, data)` for each message until the returned task is cancelled."""
+    """Call `on_gossip(author, data)` for each message until the returned task is cancelled.
+
+    Of messages that come faster than they are read p2pd keeps 32 for us, and drops the others (go-libp2p-pubsub,
+    `WithBufferSize`): what nobody may miss has to be asked for as well.
+    """
     reader, writer = await _open(p2p)
     await _ask(reader, writer, type=p2pd_pb2.PSRequest.SUBSCRIBE, topic=topic)
 

@@ -99,6 +99,8 @@ async def test_messages_that_are_read_into_one_are_told_apart(
     host, _ = await start_host()
     heard = await _listening(host, "reused")
     messages = [bytes([number]) * (1 + 100 * (number % 3)) for number in range(40)]
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         await host.publish("reused", message)
+        # One after another: p2pd drops what comes while 32 wait for us.
+        await heard.wait_for(number)
     assert await heard.wait_for(len(messages)) == sorted(messages)
