@@ -28,7 +28,7 @@ _LISTEN_FOR = 2.5
 _JUDGED_FOR = 5.5
 _OF_NODES = (
     "state", "weights_version", "state_digest", "throughput", "load", "last_seen", "microbatches", "lost",
-    "rerouted", "refused",
+    "rerouted", "refused", "shunned_by",
 )  # fmt: skip
 _WIDTH = 160
 """Columns where there is no terminal: room for whole PeerIDs."""
@@ -110,6 +110,7 @@ def _row(observer: Observer, record: StageRecord) -> dict[str, Any]:
         "lost": metrics.lost if metrics else None,
         "rerouted": metrics.rerouted if metrics else None,
         "refused": dict(metrics.refused) if metrics else None,
+        "shunned_by": observer.shunned_by(PeerId(record.peer)),
         **_judged(observer, PeerId(record.peer)),
     }
 
@@ -161,7 +162,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None)
     for heading in (
         "stage", "peer", "state", "version", "tokens/s", "load", "last seen", "verdict", "score", "samples", "flags",
-        "votes",
+        "votes", "shunned by",
     ):  # fmt: skip
         table.add_column(heading, overflow="fold", no_wrap=heading != "peer")
     for row in sorted(rows, key=lambda row: (row["stage"], row["peer"])):
@@ -176,10 +177,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             "" if is_gone else f"{row['load']:.0%}",
             "" if is_gone else f"{row['last_seen']:.0f} s ago",
             row["verdict"],
-            "" if row["score"] is None else f"{row['score']:.1f}",
+            "" if row["score"] is None else f"{row['score']:z.1f}",
             "" if row["samples"] is None else f"{row['samples']:.0f}",
             "" if row["samples"] is None else f"{flags['activation']:.0f}+{flags['gradient']:.0f}",
             str(len(row["votes"]) or ""),
+            str(len(row["shunned_by"] or ()) or ""),
         )
     _console().print(table if rows else "Nobody serves this run yet.")
 
@@ -198,8 +200,10 @@ def _print_history(row: dict[str, Any]) -> None:
         flags = row["flags"]
         say(
             f"{row['samples']:.0f} samples of its work were judged; {flags['activation']:.0f} activations and "
-            f"{flags['gradient']:.0f} gradients were odd; the evidence against it is {row['score']:.1f} nats."
+            f"{flags['gradient']:.0f} gradients were odd; the evidence against it is {row['score']:z.1f} nats."
         )
+    for sender in row["shunned_by"] or ():
+        say(f"{sender} sends it nothing for a while, since what it sent before did not come back")
     for vote in row["votes"]:
         until = datetime.fromtimestamp(vote["expires"]).strftime("%Y-%m-%d %H:%M")
         say(f"{vote['verifier']} votes {vote['verdict']} ({vote['cause']}) until {until}: {vote['text']}")

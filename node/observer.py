@@ -133,6 +133,14 @@ class Observer:
         records = (await self.records())[:_ASKED]
         return await self._ballots.catch_up((PeerId(one.peer), one.addresses) for one in records)
 
+    def shunned_by(self, peer: PeerId) -> list[PeerId]:
+        """Who says of late that what it sent to `peer` did not come back."""
+        return sorted(
+            sender
+            for sender, one in self.sightings.items()
+            if peer in one.metrics.shunned and self.seconds_since(one) < LIVE_FOR
+        )
+
     def seconds_since(self, sighting: Sighting) -> float:
         return monotonic() - sighting.at
 

@@ -4,7 +4,8 @@ Nobody can prove that a replica sits on its work, since networks lose things, to
 come back is one of the few that a head has under way, and a replica that takes one after another and answers every
 second of them all but stops a run whose heads wait a minute for each. So a sender waits some times longer than what it
 sent to anybody usually takes, longer for each stage behind, so that the one next to the culprit is the first to give
-up; and then it uses others for a while, twice as long each time. This is each sender's own experience: nobody is told.
+up; and then it uses others for a while, twice as long each time. This is each sender's own experience: what it tells of
+it is for people, and no peer acts on that.
 """
 
 from __future__ import annotations
@@ -58,3 +59,7 @@ class Patience:
         """Whether it should get nothing now, as long as there are others."""
         times, last = self._strikes.get(peer, (0, now))
         return times > 0 and now - last < min(_SHUNNED_FOR * 2.0 ** (times - 1), _SHUNNED_AT_MOST)
+
+    def shunned(self, now: float) -> list[PeerId]:
+        """Whom it shuns; who came to it last stands last."""
+        return [peer for peer in self._strikes if self.shuns(peer, now)]

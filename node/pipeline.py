@@ -349,6 +349,11 @@ class Pipeline:
                 self._lose(flight, Reason.LEAVING)
         self._on_change()
 
+    @property
+    def shunned(self) -> list[PeerId]:
+        """Next hops that let us wait in vain, and get nothing for now; the latest last."""
+        return self._patience.shunned(monotonic())
+
     def _usable(self, now: float) -> Collection[PeerId]:
         """The next hops, without who is in quarantine, or lately let us wait in vain, as long as there are others."""
         hops = self._outside_quarantine(self.next_hops())

@@ -13,7 +13,7 @@ from protocol import wire
 from protocol.directory import Directory, PeerState, StageRecord
 from protocol.errors import ProtocolError
 from protocol.identity import Identity
-from protocol.reports import Metrics, SlotLoss, metrics_topic, progress_topic
+from protocol.reports import MAX_SHUNNED, Metrics, SlotLoss, metrics_topic, progress_topic
 from protocol.tasks import wait_for
 
 log = structlog.get_logger("node")
@@ -86,6 +86,7 @@ class Reporter:
             guard_seconds=replica.passes.guard_seconds,
             redo_seconds=replica.witness.seconds,
             to_banned=counts["to_banned"],
+            shunned=tuple(replica.pipeline.shunned[-MAX_SHUNNED:]),
         )
 
     def _tokens_per_second(self) -> float:

@@ -12,9 +12,10 @@ import msgspec
 
 from protocol import wire
 from protocol.directory import PeerState
-from protocol.wire import Count, Digest, Natural, StageField
+from protocol.wire import Count, Digest, Natural, PeerName, StageField
 
 MAX_SLOTS = 8192
+MAX_SHUNNED = 32
 Slots = Annotated[tuple[Natural, ...], msgspec.Meta(max_length=MAX_SLOTS)]
 ReasonName = Annotated[str, msgspec.Meta(max_length=32)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
@@ -51,7 +52,8 @@ class Metrics(wire.Message, frozen=True):
     """A peer's figures since it joined, on `{run}/metrics`. Counts are of microbatches unless named otherwise.
 
     `guarded`: tensors that the inline guard looked at; `guard_seconds` and `redo_seconds`: CPU time that it took, and
-    that doing others' work again for verifiers took; `to_banned`: sent to a peer that this one knew to be banned.
+    that doing others' work again for verifiers took; `to_banned`: sent to a peer that this one knew to be banned;
+    `shunned`: next hops that did not send back what they were sent, and get nothing for a while.
     """
 
     stage: StageField
@@ -71,6 +73,7 @@ class Metrics(wire.Message, frozen=True):
     guard_seconds: _Seconds = 0.0
     redo_seconds: _Seconds = 0.0
     to_banned: Count = 0
+    shunned: Annotated[tuple[PeerName, ...], msgspec.Meta(max_length=MAX_SHUNNED)] = ()
 
 
 def progress_topic(run: bytes, stage: int) -> str:

@@ -103,9 +103,14 @@ async def test_who_keeps_half_of_its_work_does_not_hold_up_the_run(tmp_path: Pat
     async with local_swarm(defended(tmp_path), tmp_path) as swarm, watching(swarm) as observer:
         attacker = populate(swarm, "withhold:0.5")
         await until(observer, lambda: newest(observer) >= START, timeout=120, what="the attack")
+        assert attacker is not None
+        culprit = attacker.peer
+        await until(
+            observer, lambda: bool(observer.shunned_by(culprit)), timeout=60, what="who leaves it alone"
+        )
         # Those who wait a minute for each that is kept take minutes for these.
         await rounds_go_on(observer, "past who keeps half of what it gets", 60)
-        assert attacker is not None and not banned(observer)
+        assert not banned(observer)
         swarm.check_alive()
 
 

@@ -63,6 +63,15 @@ def test_who_lets_it_wait_is_shunned_twice_as_long_each_time() -> None:
     assert not sender.shuns(B, 0.0)
 
 
+def test_it_can_say_whom_it_shuns() -> None:
+    sender = experienced()
+    assert sender.shunned(0.0) == []
+    sender.lost(B, 0.0)
+    sender.lost(A, 5.0)
+    assert sender.shunned(6.0) == [B, A]
+    assert sender.shunned(patience._SHUNNED_FOR) == [A]
+
+
 def test_what_is_lost_together_counts_once() -> None:
     sender = experienced()
     for late in (0.0, 0.5, 1.0):

@@ -383,6 +383,7 @@ async def test_a_receiver_that_keeps_what_it_gets_is_soon_given_up_and_shunned(s
     victim.pipeline.check_timeouts()
     assert (await head.expect(Refusal))[0].microbatch == kept
     assert victim.refused == {Reason.TIMED_OUT: 1}
+    assert victim.pipeline.shunned == [black_hole.place.identity.peer_id]
     # It waits for the tail rather than use the other one again.
     for attempt in range(1, 5):
         head.activate(1, attempt=attempt)
