@@ -29,7 +29,7 @@ from verifier.inquirer import ANSWER_WITHIN, Inquirer
 from verifier.sampling import Allowance, Journey, Traffic
 from verifier.sentinel import Settings
 from verifier.streams import Direction, StageIndex
-from verifier.tribunal import FEWEST_WITNESSES, PRICE, Finding, hear
+from verifier.tribunal import PRICE, Finding, hear, worst_price
 
 log = structlog.get_logger("verifier")
 
@@ -40,13 +40,17 @@ BYTES_SHARE = 0.04
 """Share of the run's bytes that all verifiers together ask for, unless there is a suspicion."""
 ALARM_SHARE = 0.02
 """Share of the microbatches that one verifier may look at for alarms and suspicions, beyond what it samples."""
-ALARMS_SAVED = 24.0
+ALARMS_SAVED = 6
+"""Panels that may be saved up for alarms and suspicions."""
 RECOMPUTE_SHARE = 0.002
 """Share of the run's compute that all verifiers together may have done again. By sequences: one alone costs a small
 stage up to twice its share of a microbatch."""
-HEARINGS_SAVED = 24.0
-"""What may be saved up for hearings, in forward passes of one sequence: several worst cases of a small stage."""
-_ROUTINE_ABOVE = HEARINGS_SAVED * 3 / 4
+HEARINGS_SAVED = 4
+"""What may be saved up for hearings, in worst cases: of a gradient, in the stage that has most replicas."""
+_FOR_ANYBODY, _FOR_SUSPECTS = 3 / 4, 1 / 2
+"""Of that: above the one it is spent on anybody; and the other is left by hearings of what is merely odd. A panel's
+works are looked at in the order in which they travel, and in a long pipeline they would use up everything before it is
+a suspect's turn."""
 UNREACHABLE_FOR = 20.0
 """Seconds for which a node that takes part may be out of a verifier's reach before that counts as hiding."""
 PURSUE_EVERY = 1.5
@@ -95,8 +99,8 @@ class Judge:
         self._rate = min(policy.sampling, BYTES_SHARE / count * sequences)
         self._hearing_rate = RECOMPUTE_SHARE / count * sequences * self._stages * PRICE[Direction.GRADIENT]
         self._routine = Allowance(2.0 * self._panel_size, 0.0)
-        self._alarms = Allowance(ALARMS_SAVED, ALARMS_SAVED)
-        self._hearings = Allowance(HEARINGS_SAVED, _ROUTINE_ABOVE)
+        self._alarms = Allowance(ALARMS_SAVED * self._panel_size, ALARMS_SAVED * self._panel_size)
+        self._hearings = Allowance(self._hearings_limit, _FOR_ANYBODY * self._hearings_limit)
         self._rounds = itertools.count(1)
         self._pursued_at = -PURSUE_EVERY
         self._held_lost: dict[PeerId, float] = {}
@@ -110,11 +114,19 @@ class Judge:
         """Microbatches of a panel: one a replica where they are spread evenly, and one to spare."""
         return max(2, *(len(self._replicas(stage)) for stage in range(self._stages))) + 1
 
+    @property
+    def _hearings_limit(self) -> float:
+        """In forward passes of one sequence."""
+        most = max(len(self._replicas(stage)) for stage in range(self._stages))
+        return HEARINGS_SAVED * worst_price(Direction.GRADIENT, most - 1)
+
     def earn(self, microbatches: int) -> None:
         """So many more have passed: that much more may be looked at."""
         self._routine.limit = 2.0 * self._panel_size
         self._routine.earn(self._rate * microbatches)
+        self._alarms.limit = float(ALARMS_SAVED * self._panel_size)
         self._alarms.earn(ALARM_SHARE * microbatches)
+        self._hearings.limit = self._hearings_limit
         self._hearings.earn(self._hearing_rate * microbatches)
 
     async def watch_ourselves(self) -> None:
@@ -182,6 +194,7 @@ class Judge:
         # Another panel's may begin before this one's is over, where somebody has to be waited for.
         round_ = next(self._rounds)
         found = [self._look_at(journey, some, answers) for journey, some in questions]
+        is_routine = not accused and not any(journey.flagged for journey in panel)
         works = [work for some in found for work in some if not self._is_banned(work.peer)]
         for (stage, direction), group in streams_of(works):
             # Only in the direction that was flagged: hearings that acquit would spend what is saved for the others.
@@ -191,8 +204,11 @@ class Judge:
             screening = await self._in_thread(self.bench.screen, group, round_, len(replicas))
             odd = {journey.microbatch for journey in flagged}
             places = self.bench.worth_hearing(screening, group, suspects, odd)
-            places += self._routine_hearing(group, places)
-            heard = await asyncio.gather(*(self._hear(group[place], replicas) for place in places))
+            if is_routine:
+                places += self._routine_hearing(group, places)
+            heard = await asyncio.gather(
+                *(self._hear(group[place], replicas, group[place].peer in suspects) for place in places)
+            )
             findings = {
                 place: finding for place, finding in zip(places, heard, strict=True) if finding is not None
             }
@@ -286,15 +302,15 @@ class Judge:
 
     # --- hearings ---
 
-    async def _hear(self, work: Work, replicas: Sequence[PeerId]) -> Finding | None:
+    async def _hear(self, work: Work, replicas: Sequence[PeerId], is_suspect: bool) -> Finding | None:
         witnesses = [peer for peer in replicas if peer != work.peer]
-        price = PRICE[work.direction]
-        worst = price * max(FEWEST_WITNESSES, len(witnesses) // 2 + 1)
-        if not witnesses or not self._hearings.can_pay(worst):
+        worst = worst_price(work.direction, len(witnesses))
+        kept = 0.0 if is_suspect else _FOR_SUSPECTS * self._hearings.limit
+        if not witnesses or not self._hearings.can_pay(worst + kept):
             return None
         self._hearings.pay(worst)
         finding = await hear(work, witnesses, self._inquirer.redo, self._generator)
-        self._hearings.earn(worst - finding.asked * price)
+        self._hearings.earn(worst - finding.asked * PRICE[work.direction])
         self.counts["hearings"] += 1
         if finding.guilty:
             log.warning(
@@ -306,6 +322,6 @@ class Judge:
     def _routine_hearing(self, group: Sequence[Work], heard: Collection[int]) -> list[int]:
         """What is saved beyond the worst cases is spent on anybody, so that nobody can feel safe."""
         rest = [place for place in range(len(group)) if place not in heard]
-        if not rest or self._hearings.saved < _ROUTINE_ABOVE:
+        if not rest or self._hearings.saved < _FOR_ANYBODY * self._hearings.limit:
             return []
         return [self._generator.choice(rest)]

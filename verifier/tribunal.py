@@ -37,6 +37,16 @@ class Answer:
 Redo = Callable[[PeerId, Work], Awaitable[Answer]]
 
 
+def needed_of(witnesses: int) -> int:
+    """How many of them must be against the accused, and say the same."""
+    return max(FEWEST_WITNESSES, witnesses // 2 + 1)
+
+
+def worst_price(direction: Direction, witnesses: int) -> float:
+    """The most that a conviction by so many witnesses costs, if all who are asked can say."""
+    return PRICE[direction] * needed_of(witnesses)
+
+
 @dataclass(frozen=True)
 class Finding:
     """`guilty` is None if too few could say. `difference` is relative to what the witnesses got, in L2 norm; `state`
@@ -56,7 +66,7 @@ async def hear(work: Work, witnesses: Sequence[PeerId], redo: Redo, generator: r
 
     `witnesses` are the other replicas of the stage in good standing. Who does not answer counts neither way.
     """
-    needed = max(FEWEST_WITNESSES, len(witnesses) // 2 + 1)
+    needed = needed_of(len(witnesses))
     order = list(witnesses)
     generator.shuffle(order)
     against: list[tuple[PeerId, Answer]] = []

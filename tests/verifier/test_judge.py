@@ -18,10 +18,11 @@ from protocol.samples import Passage
 from protocol.votes import Cause, Verdict
 from tests.swarms import small_manifest
 from tests.verifier.exhibits import RUN, STAGES, Trip
-from verifier.exhibits import Exhibit, Question, Work
+from verifier.exhibits import Exhibit, Question, Work, works_of
 from verifier.inquirer import Inquirer
 from verifier.judge import Judge
 from verifier.streams import Direction
+from verifier.tribunal import Answer, Finding
 
 
 @dataclass
@@ -41,6 +42,9 @@ class Nodes:
         if holder == self.refuser:
             return [ProtocolError(self.reason) for _ in questions]
         return [self.trips[one.microbatch].show(one.stage, one.direction, one.sequence) for one in questions]
+
+    async def redo(self, witness: PeerId, work: Work) -> Answer:
+        raise ProtocolError(Reason.EXPIRED, witness)
 
     def work(self, judge: Judge, slots: range) -> None:
         """Microbatches pass, and every node says so."""
@@ -140,7 +144,7 @@ async def test_who_sent_what_was_flagged_is_heard_on_that_and_not_on_the_other_d
     nodes = Nodes()
     judge, heard = judge_of(nodes), []
 
-    async def hear(work: Work, replicas: Sequence[PeerId]) -> None:
+    async def hear(work: Work, replicas: Sequence[PeerId], is_suspect: bool) -> None:
         heard.append((work.peer, work.direction))
 
     monkeypatch.setattr(judge, "_hear", hear)
@@ -152,3 +156,68 @@ async def test_who_sent_what_was_flagged_is_heard_on_that_and_not_on_the_other_d
         judge.traffic.take(nodes.peers[receiver], receiver, [passage], monotonic(), monotonic())
     await judge.sit(set(), nodes.peers)
     assert {direction for peer, direction in heard if peer == nodes.peers[1]} == {flagged}
+
+
+def a_work(direction: Direction) -> Work:
+    """Of an inner stage."""
+    trip = Trip(Nodes().people)
+    works, _ = works_of(trip.show_all(), STAGES, 0, {})
+    return next(work for work in works if work.stage == 1 and work.direction is direction)
+
+
+def with_replicas(judge: Judge, count: int) -> list[PeerId]:
+    """As many in every stage."""
+    replicas = [Identity.generate().peer_id for _ in range(count)]
+    judge._replicas = lambda stage: replicas
+    return replicas
+
+
+async def undecided(*_: object) -> Finding:
+    return Finding(None, asked=2)
+
+
+async def test_what_is_merely_odd_leaves_enough_for_the_hearings_of_suspects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A panel is looked at from the head on: in a long pipeline a suspect's turn comes late."""
+    monkeypatch.setattr("verifier.judge.hear", undecided)
+    judge, work = judge_of(Nodes()), a_work(Direction.GRADIENT)
+    replicas = with_replicas(judge, 3)
+    merely_odd = [await judge._hear(work, replicas, False) for _ in range(20)]
+    suspect = [await judge._hear(work, replicas, True) for _ in range(3)]
+    judge.stop()
+    assert merely_odd[0] is not None and merely_odd[-1] is None
+    assert None not in suspect[:2] and suspect[2] is None
+
+
+async def test_an_alarm_is_no_occasion_for_hearing_whom_nothing_is_held_against(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = Nodes()
+    judge, calls = judge_of(nodes), []
+    monkeypatch.setattr(judge, "_routine_hearing", lambda group, heard: calls.append(group) or [])
+    nodes.work(judge, range(5))
+    await judge.sit(set(), nodes.peers)
+    assert calls
+    calls.clear()
+    nodes.work(judge, range(5, 10))
+    microbatch = list(nodes.trips)[-1]
+    passage = Passage(microbatch, nodes.peers[1], nodes.peers[1], 3, Direction.GRADIENT, b"weights!")
+    judge.traffic.take(nodes.peers[0], 0, [passage], monotonic(), monotonic())
+    await judge.sit(set(), nodes.peers)
+    judge.stop()
+    assert judge.counts["alarms"] == 1 and not calls
+
+
+@pytest.mark.parametrize("count", [1, 3, 40, 200])
+async def test_however_many_replicas_a_stage_has_there_is_enough_for_an_alarm_and_for_a_hearing(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verifier.judge.hear", undecided)
+    judge = judge_of(Nodes())
+    replicas = with_replicas(judge, count)
+    judge.earn(1_000_000)
+    assert judge._alarms.can_pay(judge._panel_size)
+    heard = await judge._hear(a_work(Direction.GRADIENT), [*replicas, Identity.generate().peer_id], True)
+    judge.stop()
+    assert heard is not None
