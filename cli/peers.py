@@ -28,7 +28,7 @@ _LISTEN_FOR = 2.5
 _JUDGED_FOR = 5.5
 _OF_NODES = (
     "state", "weights_version", "state_digest", "throughput", "load", "last_seen", "microbatches", "lost",
-    "rerouted", "refused", "shunned_by",
+    "rerouted", "refused",
 )  # fmt: skip
 _WIDTH = 160
 """Columns where there is no terminal: room for whole PeerIDs."""
@@ -110,13 +110,13 @@ def _row(observer: Observer, record: StageRecord) -> dict[str, Any]:
         "lost": metrics.lost if metrics else None,
         "rerouted": metrics.rerouted if metrics else None,
         "refused": dict(metrics.refused) if metrics else None,
-        "shunned_by": observer.shunned_by(PeerId(record.peer)),
-        **_judged(observer, PeerId(record.peer)),
+        **_said(observer, PeerId(record.peer)),
     }
 
 
-def _judged(observer: Observer, peer: PeerId) -> dict[str, Any]:
-    """What the verifiers hold of a peer: the quorum's verdict, the median of their figures, their votes and words."""
+def _said(observer: Observer, peer: PeerId) -> dict[str, Any]:
+    """What others say of a peer: of the verifiers the quorum's verdict, the median of their figures, their votes and
+    words; and of its neighbours who leaves it alone."""
     from protocol.votes import Verdict
 
     votes, book = observer.votes, observer.reputation
@@ -144,6 +144,7 @@ def _judged(observer: Observer, peer: PeerId) -> dict[str, Any]:
         "history": {
             verifier: list(account.words) for verifier, account in sorted(book.accounts_of(peer).items())
         },
+        "shunned_by": observer.shunned_by(peer),
     }
 
 
@@ -151,10 +152,10 @@ def _gone(observer: Observer, known: set[str]) -> list[dict[str, Any]]:
     """Peers without a record that votes are about: who is banned is not in the directory for long."""
     rows = []
     for peer in sorted(observer.votes.subjects() - known):
-        judged = _judged(observer, peer)
-        if judged["votes"]:
+        said = _said(observer, peer)
+        if said["votes"]:
             stage = next(iter(observer.votes.votes_on(peer, time()).values())).vote.stage
-            rows.append({"peer": peer, "stage": stage, **dict.fromkeys(_OF_NODES), "state": "gone", **judged})
+            rows.append({"peer": peer, "stage": stage, **dict.fromkeys(_OF_NODES), "state": "gone", **said})
     return rows
 
 
@@ -181,7 +182,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             "" if row["samples"] is None else f"{row['samples']:.0f}",
             "" if row["samples"] is None else f"{flags['activation']:.0f}+{flags['gradient']:.0f}",
             str(len(row["votes"]) or ""),
-            str(len(row["shunned_by"] or ()) or ""),
+            str(len(row["shunned_by"]) or ""),
         )
     _console().print(table if rows else "Nobody serves this run yet.")
 
@@ -202,7 +203,7 @@ def _print_history(row: dict[str, Any]) -> None:
             f"{row['samples']:.0f} samples of its work were judged; {flags['activation']:.0f} activations and "
             f"{flags['gradient']:.0f} gradients were odd; the evidence against it is {row['score']:z.1f} nats."
         )
-    for sender in row["shunned_by"] or ():
+    for sender in row["shunned_by"]:
         say(f"{sender} sends it nothing for a while, since what it sent before did not come back")
     for vote in row["votes"]:
         until = datetime.fromtimestamp(vote["expires"]).strftime("%Y-%m-%d %H:%M")
