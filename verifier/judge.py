@@ -98,9 +98,10 @@ class Judge:
         # Every panel shows one sequence of each tensor.
         self._rate = min(policy.sampling, BYTES_SHARE / count * sequences)
         self._hearing_rate = RECOMPUTE_SHARE / count * sequences * self._stages * PRICE[Direction.GRADIENT]
-        self._routine = Allowance(2.0 * self._panel_size, 0.0)
-        self._alarms = Allowance(ALARMS_SAVED * self._panel_size, ALARMS_SAVED * self._panel_size)
-        self._hearings = Allowance(self._hearings_limit, _FOR_ANYBODY * self._hearings_limit)
+        self._routine, self._alarms, self._hearings = (Allowance(0.0, 0.0) for _ in range(3))
+        self._set_limits()
+        self._alarms.saved = self._alarms.limit
+        self._hearings.saved = _FOR_ANYBODY * self._hearings.limit
         self._rounds = itertools.count(1)
         self._pursued_at = -PURSUE_EVERY
         self._held_lost: dict[PeerId, float] = {}
@@ -110,23 +111,25 @@ class Judge:
         """Set when opinions may have changed."""
 
     @property
-    def _panel_size(self) -> int:
-        """Microbatches of a panel: one a replica where they are spread evenly, and one to spare."""
-        return max(2, *(len(self._replicas(stage)) for stage in range(self._stages))) + 1
+    def _most_replicas(self) -> int:
+        """Of a stage."""
+        return max(len(self._replicas(stage)) for stage in range(self._stages))
 
     @property
-    def _hearings_limit(self) -> float:
-        """In forward passes of one sequence."""
-        most = max(len(self._replicas(stage)) for stage in range(self._stages))
-        return HEARINGS_SAVED * worst_price(Direction.GRADIENT, most - 1)
+    def _panel_size(self) -> int:
+        """Microbatches of a panel: one a replica where they are spread evenly, and one to spare."""
+        return max(2, self._most_replicas) + 1
+
+    def _set_limits(self) -> None:
+        size = float(self._panel_size)
+        self._routine.limit, self._alarms.limit = 2 * size, ALARMS_SAVED * size
+        self._hearings.limit = HEARINGS_SAVED * worst_price(Direction.GRADIENT, self._most_replicas - 1)
 
     def earn(self, microbatches: int) -> None:
         """So many more have passed: that much more may be looked at."""
-        self._routine.limit = 2.0 * self._panel_size
+        self._set_limits()
         self._routine.earn(self._rate * microbatches)
-        self._alarms.limit = float(ALARMS_SAVED * self._panel_size)
         self._alarms.earn(ALARM_SHARE * microbatches)
-        self._hearings.limit = self._hearings_limit
         self._hearings.earn(self._hearing_rate * microbatches)
 
     async def watch_ourselves(self) -> None:
@@ -161,15 +164,17 @@ class Judge:
         new: set[PeerId] = set()
         if self._routine.can_pay(self._panel_size):
             new = {peer for peer, one in (await self.opinions(known)).items() if one.samples < _FEW}
-        panel = self._draw(accused, new)
+        panel, is_routine = self._draw(accused, new)
         if not panel:
             return set()
         self.counts["sampled"] += len(panel)
-        return await self._examine(panel, accused)
+        return await self._examine(panel, accused, is_routine)
 
-    def _draw(self, accused: Collection[PeerId], new: Collection[PeerId]) -> list[Journey]:
+    def _draw(self, accused: Collection[PeerId], new: Collection[PeerId]) -> tuple[list[Journey], bool]:
+        """A panel, and whether it is a routine one."""
         now, size = monotonic(), self._panel_size
         draw = partial(self.traffic.draw, self._generator, now, most=size)
+        is_routine = False
         alarm, pursued = self.traffic.draw_alarm(self._generator, now), dict.fromkeys(accused, _ACCUSED)
         if alarm is not None and self._alarms.can_pay(size):
             panel = draw(start=alarm, wanted=pursued)
@@ -180,21 +185,23 @@ class Judge:
             panel = draw(wanted=pursued)
             self._alarms.pay(len(panel))
         elif self._routine.can_pay(size):
+            is_routine = True
             panel = draw(wanted=dict.fromkeys(new, _NEWCOMER))
             self._routine.pay(len(panel))
         else:
             panel = []
-        return panel
+        return panel, is_routine
 
     # --- judging ---
 
-    async def _examine(self, panel: Sequence[Journey], accused: Collection[PeerId]) -> set[PeerId]:
+    async def _examine(
+        self, panel: Sequence[Journey], accused: Collection[PeerId], is_routine: bool
+    ) -> set[PeerId]:
         questions = [(journey, self._questions(journey)) for journey in panel]
         answers = await self._ask([one for _, some in questions for one in some])
         # Another panel's may begin before this one's is over, where somebody has to be waited for.
         round_ = next(self._rounds)
         found = [self._look_at(journey, some, answers) for journey, some in questions]
-        is_routine = not accused and not any(journey.flagged for journey in panel)
         works = [work for some in found for work in some if not self._is_banned(work.peer)]
         for (stage, direction), group in streams_of(works):
             # Only in the direction that was flagged: hearings that acquit would spend what is saved for the others.

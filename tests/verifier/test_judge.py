@@ -209,6 +209,21 @@ async def test_an_alarm_is_no_occasion_for_hearing_whom_nothing_is_held_against(
     assert judge.counts["alarms"] == 1 and not calls
 
 
+async def test_that_somebody_is_accused_makes_nobody_else_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or whoever is suspected, or a single verifier that says so, would end the hearings of all others."""
+    nodes = Nodes()
+    judge, calls = judge_of(nodes), []
+    monkeypatch.setattr(judge, "_routine_hearing", lambda group, heard: calls.append(group) or [])
+    accused = {nodes.peers[1]}
+    nodes.work(judge, range(10))
+    await judge.sit(accused, nodes.peers)
+    assert not calls, "a panel for the accused"
+    nodes.work(judge, range(10, 20))
+    await judge.sit(accused, nodes.peers)
+    judge.stop()
+    assert calls, "a routine panel"
+
+
 @pytest.mark.parametrize("count", [1, 3, 40, 200])
 async def test_however_many_replicas_a_stage_has_there_is_enough_for_an_alarm_and_for_a_hearing(
     count: int, monkeypatch: pytest.MonkeyPatch
