@@ -122,7 +122,7 @@ class Replica:
             self.heads,
             self._on_version,
         )
-        self.witness = Witness(self.switchboard, electorate.verifiers, compute, passes, self.pipeline)
+        self.witness = Witness(self.switchboard, self.votes, compute, passes, self.pipeline)
         if electorate.verifiers:
             passes.trainer.memory_seconds = _PAST_FOR
             passes.trainer.memory = max(1, min(_MAX_PAST, limits.past_bytes // (4 * passes.trainer.size)))

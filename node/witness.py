@@ -44,6 +44,7 @@ from protocol.samples import (
     Shown,
     Wanted,
 )
+from protocol.vote_set import VoteSet
 
 SHOWN_SHARE, SHOWN_BURST = 0.1, 64 << 20
 """Bytes that one verifier may be shown: a share of what passed through the stage here, and so many at once."""
@@ -70,13 +71,14 @@ class Witness:
     def __init__(
         self,
         switchboard: Switchboard,
-        verifiers: frozenset[PeerId],
+        votes: VoteSet,
         compute: ComputeThread,
         passes: StagePasses,
         pipeline: Pipeline,
     ) -> None:
-        self._switchboard, self._verifiers, self._compute = switchboard, verifiers, compute
+        self._switchboard, self._votes, self._compute = switchboard, votes, compute
         self._passes, self._pipeline = passes, pipeline
+        self._verifiers = verifiers = votes.electorate.verifiers
         self._shown_bytes: Counter[PeerId] = Counter()
         self._redo_seconds: dict[PeerId, float] = dict.fromkeys(verifiers, 0.0)
         self._jobs: OrderedDict[tuple[PeerId, int], _Job] = OrderedDict()
@@ -113,7 +115,7 @@ class Witness:
         ended = sorted((one for store in stores for one in store.since(since)), key=lambda one: one.serial)
         told = ended[:MAX_LISTED]
         serial = told[-1].serial if told else since
-        return wire.encode(Listed(serial, tuple(_passage(flight) for flight in told))), _EMPTY
+        return wire.encode(Listed(serial, self._votes.digest(), tuple(map(_passage, told)))), _EMPTY
 
     async def _show(self, link: Link, body: bytes, payload: memoryview) -> Answer:
         """The checks, in order: verifier, form; then of each that is wanted: held (expired), sequence (wrong_shape),

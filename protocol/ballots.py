@@ -1,7 +1,8 @@
 """How votes get to every peer: heard by gossip, asked for on joining, compared again and again, kept on disk.
 
-Gossip is fast and may miss somebody; so every peer also compares its set with that of another, at random, every few
-seconds (anti-entropy), and takes what it lacks. Both lead to the same set, since sets are merged by union.
+Gossip is fast and may miss somebody; so peers also compare their sets and take what they lack (anti-entropy): each with
+another at random, now and then, and verifiers with every node whenever they listen to it. All of it leads to the same
+set, since sets are merged by union.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from protocol.votes import MAX_BUNDLE, Contradiction, SignedVote, Statement, Vot
 
 log = structlog.get_logger("votes")
 
-COMPARE_EVERY: Final = 5.0
-"""Seconds between two comparisons with a random peer, and at least so many between two with the same one."""
+COMPARE_EVERY: Final = 15.0
+"""Seconds between two comparisons with a random peer."""
+COMPARE_AGAIN: Final = 5.0
+"""Seconds at least between two comparisons with the same peer of which one followed from what it said."""
 MAX_NEWS: Final = 64 * 1024
 """Bytes of statements in one gossip message."""
 _TICK = 1.0
 _ANSWER_WITHIN = 10.0
 _DIAL_WITHIN = 3.0
-_SEED_EVERY = 5
+_SEED_EVERY = 2
 _LINGER = 3.0
 _START: Final[VoteKey] = ("", "", 0)
 
@@ -163,6 +166,11 @@ class Ballots:
                 self._tasks.spawn(self.publish(self.votes.contradictions[verifier]))
         return errors
 
+    def hear_digest(self, link: Link, theirs: bytes) -> None:
+        """Of a peer's set, from itself. Where ours is another we ask for the votes, and it asks back."""
+        if theirs != self.votes.digest():
+            self._tasks.spawn(self._ask_back(link))
+
     # --- asking ---
 
     async def catch_up(self, peers: Iterable[tuple[PeerId, Sequence[str]]] = ()) -> int:
@@ -202,7 +210,7 @@ class Ballots:
 
     async def _ask_back(self, link: Link) -> None:
         now = monotonic()
-        if now - self._compared.get(link, -COMPARE_EVERY) < COMPARE_EVERY:
+        if now - self._compared.get(link, -COMPARE_AGAIN) < COMPARE_AGAIN:
             return
         self._compared[link] = now
         try:

@@ -12,7 +12,7 @@ import msgspec
 from protocol import wire
 from protocol.errors import Reason
 from protocol.receipts import Direction, MicrobatchId, SignedReceipt
-from protocol.wire import Count, Natural, PeerName
+from protocol.wire import Count, Digest, Natural, PeerName
 
 SAMPLE_ALARM: Final = "sample.alarm"
 SAMPLE_LIST: Final = "sample.list"
@@ -57,9 +57,11 @@ class Passage(wire.Message, frozen=True):
 
 
 class Listed(wire.Message, frozen=True):
-    """The answer, oldest first; `serial` is that of the last one, from which to ask on."""
+    """The answer, oldest first; `serial` is that of the last one, from which to ask on. `votes`: the digest of the
+    node's vote set, so that to compare it takes no question of its own."""
 
     serial: Natural
+    votes: Digest
     passages: Annotated[tuple[Passage, ...], msgspec.Meta(max_length=MAX_LISTED)]
 
 

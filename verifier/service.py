@@ -247,6 +247,7 @@ class Verifier:
             self._asked.discard(peer)
         now = monotonic()
         self.judge.traffic.take(peer, link.stage, listed.passages, node.heard_at, now)
+        self._ballots.hear_digest(link, listed.votes)
         node.cursor, node.heard_at = listed.serial, now
         named = {
             PeerId(one) for passage in listed.passages for one in (passage.previous, passage.next) if one

@@ -20,6 +20,8 @@ from protocol.links import Answer, Link, Switchboard
 from protocol.messages import Credit, Gradient
 from protocol.receipts import Direction, MicrobatchId
 from protocol.samples import SAMPLE_ALARM, SAMPLE_SHOW, Passage, Shown
+from protocol.vote_set import VoteSet
+from protocol.votes import Electorate
 from tests.node.neighbours import CPU, Neighbour, Place, Victim, round_trip, until
 from tests.swarms import small_manifest
 from verifier import inquirer
@@ -66,8 +68,8 @@ async def court(places: list[Place]) -> AsyncIterator[Court]:
     victim.passes.note_state(b"s" * 32)
     head, tail = Neighbour(places[1], victim, 0), Neighbour(places[2], victim, 2)
     judge = Switchboard(places[3].host, victim.run, stage=-1, owner=Deaf())
-    allowed = frozenset({places[3].identity.peer_id})
-    asked = Witness(victim.switchboard, allowed, victim.compute, victim.passes, victim.pipeline)
+    votes = VoteSet(Electorate(victim.run, frozenset({places[3].identity.peer_id}), 1, 3600))
+    asked = Witness(victim.switchboard, votes, victim.compute, victim.passes, victim.pipeline)
     try:
         await victim.switchboard.start()
         await judge.start(accept=False)

@@ -39,6 +39,7 @@ async def hosts(start_host: StartHost) -> list[Host]:
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ballots, "COMPARE_EVERY", 0.3)
+    monkeypatch.setattr(ballots, "COMPARE_AGAIN", 0.3)
     monkeypatch.setattr(ballots, "_TICK", 0.05)
 
 
