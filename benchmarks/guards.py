@@ -126,9 +126,8 @@ class Dealing:
         self, direction: Direction, stage: int, path: Sequence[int], tensor: Tensor, passage: Passage
     ) -> bool:
         receiver = stage + 1 if direction is _A else stage - 1
-        return self._guards[receiver, direction, path[receiver]].check(
-            tensor, _name(stage, path), passage.labels.numpy(), version=passage.round
-        )
+        guard, labels = self._guards[receiver, direction, path[receiver]], passage.labels.flatten().tolist()
+        return guard.check(tensor, _name(stage, path), labels, version=passage.round)
 
     def _look_at_loss(self, path: Sequence[int], loss: float) -> bool:
         return self._loss_guards[path[-1]].check(loss, _name(STAGES - 2, path))

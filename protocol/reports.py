@@ -51,9 +51,9 @@ class SlotLoss(wire.Message, frozen=True):
 class Metrics(wire.Message, frozen=True):
     """A peer's figures since it joined, on `{run}/metrics`. Counts are of microbatches unless named otherwise.
 
-    `guarded`: tensors that the inline guard looked at; `guard_seconds` and `redo_seconds`: CPU time that it took, and
-    that doing others' work again for verifiers took; `to_banned`: sent to a peer that this one knew to be banned;
-    `shunned`: next hops that did not send back what they were sent, and get nothing for a while.
+    `guarded`: tensors that the inline guard looked at; `guard_seconds` and `redo_seconds`: CPU time that it took, by
+    samples, and that doing others' work again for verifiers took; `to_banned`: sent to a peer that this one knew to be
+    banned; `shunned`: next hops that did not send back what they were sent, and get nothing for a while.
     """
 
     stage: StageField

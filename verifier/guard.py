@@ -12,8 +12,9 @@ NumPy's again and again, by the shortest way into the library (`dot`, not `@`), 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,7 +29,7 @@ from verifier.senders import Apart, Latest, Sums
 from verifier.streams import Direction, Peer
 
 _Seen: TypeAlias = npt.NDArray[np.float32]
-Tokens: TypeAlias = npt.NDArray[np.integer]
+Tokens: TypeAlias = Sequence[int] | memoryview
 
 _ELEMENTS = 2048
 _FEWEST_PLACES = 4
@@ -78,8 +79,11 @@ class Guard:
         self._disagreement = Sums(_DISAGREEMENT_ALLOWED, limit)
         self._apart = Apart()
         self._latest = Latest()
-        self._places: torch.Tensor | None = None
-        self._labels = np.zeros(0, np.int64)
+        self._places: Tensor | None = None
+        self._seen = torch.zeros(0)
+        """(B, P, W) what is looked at, in memory of its own, which NumPy knows already."""
+        self._vectors: _Seen = self._seen.numpy()
+        self._pick: Callable[[Tokens], tuple[int, ...]] = itemgetter(0)
         self._channels: npt.NDArray[np.int64] | None = None
         self._to_learn: list[list[float]] = []
         self._usual: _Usual | None = None
@@ -87,20 +91,20 @@ class Guard:
         self.checked = self.flagged = 0
 
     def check(self, tensor: Tensor, sender: Peer, labels: Tokens | None = None, *, version: int = 0) -> bool:
-        """Whether a tensor (B, T, W), T >= 2, of any floating dtype, on any device, may be used. `labels` (B, T) or
-        (B x T,): the token after each place; without them nothing is compared with tokens. `version`: of the
-        receiver's weights."""
+        """Whether a tensor (B, T, W), T >= 2, of the shape of the first, any floating dtype, on any device, without a
+        graph, may be used. `labels` (B x T,): the token after each place; without them nothing is compared with tokens.
+        `version`: of the receiver's weights."""
         if self._latest.are_outdated(version):
             self._start_anew()
-        seen = self._look(tensor)
-        tokens = None if labels is None else labels.take(self._labels).tolist()
-        values = self._measure(seen, tokens)
+        vectors = self._look(tensor)
+        tokens = None if labels is None else self._pick(labels)
+        values = self._measure(vectors, tokens)
         is_odd = values is None or self._is_odd(values, sender)
         if values is not None and not is_odd:
             if self.checked < _YOUNG or self.checked % _LEARNS_EVERY == 0:
                 self._learn(values)
             if self.checked < _NEWBORN or self.checked % _LEARNS_TENSORS_EVERY == 0:
-                self._learn_tensor(seen, tokens)
+                self._learn_tensor(vectors, tokens)
         self.checked += 1
         self.flagged += is_odd
         if self._latest.note(sender, is_odd, version):
@@ -154,53 +158,58 @@ class Guard:
         self._to_learn.clear()
         self._scales = None
 
-    def _learn_tensor(self, seen: _Seen, tokens: Sequence[int] | None) -> None:
-        self._mean = _blend(self._mean, features.mean_of(seen), _MEANS_KEPT[self._direction])
-        vectors = self._at_channels(seen.reshape(-1, seen.shape[-1]))
+    def _learn_tensor(self, vectors: _Seen, tokens: Sequence[int] | None) -> None:
+        self._mean = _blend(self._mean, self._mean_of(vectors), _MEANS_KEPT[self._direction])
+        some = self._at_channels(vectors)
         if self._direction is Direction.ACTIVATION:
-            scale = np.float32(1 / max(float(np.vdot(vectors, vectors)), features.TINY))
-            self._moments = _blend(self._moments, (vectors * scale).T.dot(vectors), _MOMENTS_KEPT)
+            scale = np.float32(1 / max(float(np.vdot(some, some)), features.TINY))
+            self._moments = _blend(self._moments, (some * scale).T.dot(some), _MOMENTS_KEPT)
         if tokens is not None and self._usual is not None:
             if self._by_token is None:
-                self._by_token = ByToken(vectors.shape[1])
-            self._by_token.learn(self._pointing(seen, seen.ravel() - self._usual.mean), tokens)
+                self._by_token = ByToken(some.shape[1])
+            self._by_token.learn(self._pointing(vectors, vectors - self._usual.mean), tokens)
         self._usual = None
 
+    def _mean_of(self, vectors: _Seen) -> _Seen:
+        """(P, W) the mean over sequences."""
+        return features.mean_of(vectors.reshape(self._seen.shape))
+
     def _look(self, tensor: Tensor) -> _Seen:
-        """(B, P, W) the tokens at our places."""
-        sequences, tokens, width = tensor.shape
+        """(n, W) what is at our places, sequence by sequence; until the next look."""
         if self._places is None:
+            sequences, tokens, width = tensor.shape
             count = min(tokens - 1, max(_FEWEST_PLACES, _ELEMENTS // (sequences * width)))
             # Not the first place: labels do not tell what went in there.
             places = 1 + np.sort(self._generator.choice(tokens - 1, count, replace=False))
             token_of = places - 1 if self._direction is Direction.ACTIVATION else places
-            self._labels = (tokens * np.arange(sequences)[:, None] + token_of).ravel()
+            label_of: list[int] = (tokens * np.arange(sequences)[:, None] + token_of).ravel().tolist()
+            self._pick = itemgetter(*label_of)
             self._places = torch.from_numpy(places).to(tensor.device)
+            self._seen = torch.empty(sequences, count, width, pin_memory=tensor.is_cuda)
+            self._vectors = self._seen.view(-1, width).numpy()
             if width > _MOST_CHANNELS:
                 self._channels = np.sort(self._generator.choice(width, _MOST_CHANNELS, replace=False))
-        seen: _Seen = tensor.detach().index_select(1, self._places).to("cpu", torch.float32).numpy()
-        return seen
+        self._seen.copy_(tensor.index_select(1, self._places))
+        return self._vectors
 
-    def _pointing(self, seen: _Seen, away: _Seen) -> _Seen:
+    def _pointing(self, vectors: _Seen, away: _Seen) -> _Seen:
         """(n, channels) what is compared with tokens: of activations what they do not have in common anyway."""
-        vectors = away if self._direction is Direction.ACTIVATION else seen
-        return self._at_channels(vectors.reshape(-1, seen.shape[-1]))
+        return self._at_channels(away if self._direction is Direction.ACTIVATION else vectors)
 
     def _at_channels(self, vectors: _Seen) -> _Seen:
         """Vectors (n, W) at our channels, which are all where there are few."""
         return vectors if self._channels is None else vectors[:, self._channels]
 
-    def _measure(self, seen: _Seen, tokens: Sequence[int] | None) -> _Measures | None:
+    def _measure(self, vectors: _Seen, tokens: Sequence[int] | None) -> _Measures | None:
         """None for what is not finite, and where it is the same at every place: then there is nothing of the text in
         it, however near to the mean it is."""
         if self._usual is None:
-            self._usual = self._what_is_usual(seen)
-        usual, elements = self._usual, seen.size
-        flat, vectors = seen.ravel(), seen.reshape(-1, seen.shape[-1])
-        away = flat - usual.mean
+            self._usual = self._what_is_usual(vectors)
+        usual, elements = self._usual, vectors.size
+        away = vectors - usual.mean
         square = float(np.vdot(away, away))
         # The signs' product is 1 where they agree, and -1 where not.
-        flips = max(0.0, 0.5 - float(np.vdot(np.copysign(_ONE, flat), usual.signs)) / (2 * elements))
+        flips = max(0.0, 0.5 - float(np.vdot(np.copysign(_ONE, vectors), usual.signs)) / (2 * elements))
         own = usual.directions.dot(vectors.T)
         own.sort(axis=1)
         least, most = own.item(0), own.item(len(vectors) - 1)
@@ -210,7 +219,7 @@ class Guard:
         if usual.moments is not None:
             moments = math.log(_agreement(self._at_channels(vectors), usual) + features.TINY)
         if tokens is not None and self._by_token is not None:
-            by_token = self._by_token.agreement(self._pointing(seen, away), tokens)
+            by_token = self._by_token.agreement(self._pointing(vectors, away), tokens)
         distances = (
             _size(away) / elements,
             math.sqrt(square / elements) / usual.size,
@@ -222,14 +231,14 @@ class Guard:
             (by_token, moments),
         )
 
-    def _what_is_usual(self, seen: _Seen) -> _Usual:
+    def _what_is_usual(self, vectors: _Seen) -> _Usual:
         """From what was learned; where that is nothing yet, from what is seen."""
-        mean = features.mean_of(seen) if self._mean is None else self._mean
-        count, moments = len(seen), self._moments
-        directions: _Seen = features.projections(seen.shape[-1]).numpy().T
+        mean = self._mean_of(vectors) if self._mean is None else self._mean
+        count, moments = len(self._seen), self._moments
+        directions: _Seen = features.projections(vectors.shape[-1]).numpy().T
         projected = directions.dot(mean.T)
         projected.sort(axis=1)
-        every = mean.reshape(1, -1).repeat(count, axis=0).ravel()
+        every = np.tile(mean, (count, 1))
         return _Usual(
             every,
             np.copysign(_ONE, every),
@@ -251,7 +260,7 @@ class _Measures(NamedTuple):
 
 @dataclass(frozen=True)
 class _Usual:
-    """The mean (P W) and its signs, -1 or 1, each as often as there are sequences, so that nothing is left to fit to
+    """The mean (n, W) and its signs, -1 or 1, each as often as there are sequences, so that nothing is left to fit to
     what is seen; its root mean square; the directions (directions, W), and the mean's sorted projections on them, each
     as often, too; and of activations the second moments (channels, channels), and their norm."""
 

@@ -71,7 +71,7 @@ def sent(direction: Direction, generator: torch.Generator, part: float = 1.0) ->
     tokens, labels = text[:, :-1], text[:, 1:]
     centres = _CENTRES[labels if direction is Direction.GRADIENT else tokens]
     own = part * centres + (2 - part**2) ** 0.5 * torch.randn(*SHAPE, WIDTH, generator=generator)
-    return own + _MEAN * (direction is Direction.ACTIVATION), labels.numpy()
+    return own + _MEAN * (direction is Direction.ACTIVATION), labels.flatten().tolist()
 
 
 def trained(direction: Direction, seed: int) -> tuple[Guard, torch.Generator]:
@@ -125,5 +125,5 @@ def test_tokens_that_cease_to_say_anything_are_held_against_nobody_for_long(dire
     passed = []
     for place in range(100):
         tensor, labels = sent(direction, generator)
-        passed.append(guard.check(tensor, f"peer{place % 3}", np.roll(labels, 1, axis=0)))
+        passed.append(guard.check(tensor, f"peer{place % 3}", [*labels[SHAPE[1] :], *labels[: SHAPE[1]]]))
     assert sum(passed) >= 90 and all(passed[40:]), passed

@@ -44,7 +44,7 @@ def test_its_statistics_are_those_of_the_core() -> None:
     expected = features.marginal_distances(
         seen[None], torch.from_numpy(guard._mean), features.projections(SHAPE[2])
     )
-    values = guard._measure(seen.numpy(), None)
+    values = guard._measure(guard._look(tensor), None)
     assert values is not None
     assert values.distances == pytest.approx(features.log_marginal(expected)[0], abs=1e-4)
 
