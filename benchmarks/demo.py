@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import linear_regression
 from time import monotonic, time
 from typing import Any
 
@@ -61,6 +60,31 @@ class SeenBan:
 
 
 @dataclass
+class Pace:
+    """How many rounds a second: the slope of the straight line (least squares) through what nodes have said of their
+    versions. A report is exact at its moment, and each node's come at moments of its own; the ends of rounds are not
+    heard of before somebody reports the next time, and varied by 2% between runs of the same speed."""
+
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    _from: float = 0.0
+
+    def note(self, at: float, version: int) -> None:
+        """`at` in seconds, of any clock."""
+        if not self._sums[0]:
+            self._from = at
+        at -= self._from
+        for place, more in enumerate((1.0, at, version, at * at, at * version)):
+            self._sums[place] += more
+
+    @property
+    def rounds_per_second(self) -> float:
+        """0 as long as it cannot be told."""
+        count, at, version, square, product = self._sums
+        spread = count * square - at * at
+        return (count * product - at * version) / spread if spread > 0 else 0.0
+
+
+@dataclass
 class DemoView:
     """What there is to show at a moment: for the live display, and at the end for the result."""
 
@@ -72,18 +96,14 @@ class DemoView:
     bans: list[SeenBan] = field(default_factory=list)
     meter: Meter = field(default_factory=Meter)
     losses: list[float] = field(default_factory=list)
-    closed_at: list[float] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
+    heard: dict[PeerId, tuple[float, int]] = field(default_factory=dict)
+    """When each volunteer last reported, and its version."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rounds but the first, which the last volunteers may have entered late: the slope of the straight line
-        through the rounds' ends (least squares). We hear of an end up to a second later, and the line lets the first
-        and the last one count for no more than the others."""
-        if len(set(self.closed_at)) < 2:
-            return 0.0
         batch = self.manifest.batch
-        rate = linear_regression(self.closed_at, range(len(self.closed_at))).slope
-        return batch.context * batch.sequences * batch.microbatches * rate
+        return batch.context * batch.sequences * batch.microbatches * self.pace.rounds_per_second
 
     @property
     def attackers(self) -> set[PeerId]:
@@ -94,6 +114,17 @@ class DemoView:
         """The volunteers that are not banned."""
         banned = {ban.peer for ban in self.bans}
         return [node for node in self.swarm.nodes if node.peer not in banned]
+
+    def note_metrics(self, peer: PeerId, metrics: Metrics) -> None:
+        """Of the volunteers that are not banned: from their last report before their first round's end on, and up to
+        their first one after the last."""
+        if all(node.peer != peer for node in self.at_work):
+            return
+        now, rounds = (monotonic(), metrics.version), self.manifest.schedule.rounds
+        before, self.heard[peer] = self.heard.get(peer, now), now
+        if metrics.version > 0 and before[1] < rounds:
+            for at, version in {before, now} if before[1] == 0 else {now}:
+                self.pace.note(at, version)
 
     def note_verdict(self, peer: PeerId, verdict: Verdict) -> None:
         if verdict is Verdict.BANNED:
@@ -109,7 +140,6 @@ class DemoView:
             if not self.losses:
                 self.meter.start(self.swarm.processes)
             self.losses.append(loss)
-            self.closed_at.append(monotonic())
 
     @property
     def is_over(self) -> bool:
@@ -230,7 +260,7 @@ async def run_demo(
                 swarm.join(stage, *(threat.options if (stage, replica) in malicious else ()))
         async with watching(swarm) as observer:
             view = DemoView(manifest, swarm, observer, entropy, threat)
-            observer.on_verdict = view.note_verdict
+            observer.on_verdict, observer.on_metrics = view.note_verdict, view.note_metrics
             await _watch(view, show)
             return view.result()
 

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from statistics import linear_regression
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from benchmarks.demo import DemoView
-from benchmarks.live import tiny
-
-
-def view(closed_at: list[float]) -> DemoView:
-    return DemoView(tiny(0, 60), cast(Any, None), cast(Any, None), 0.0, closed_at=closed_at)
+from benchmarks.demo import Pace
 
 
-def test_speed_is_that_of_the_rounds_however_late_one_hears_of_them() -> None:
-    batch = tiny(0, 60).batch
-    tokens = batch.microbatches * batch.sequences * batch.context
-    true = [0.5 * number for number in range(60)]
-    assert view(true).tokens_per_second == pytest.approx(tokens / 0.5)
-    # By reports once a second, of which the first comes at once and the last late.
-    heard = [true[0], *(float(int(at) + 1) for at in true[1:])]
-    assert view(heard).tokens_per_second == pytest.approx(tokens / 0.5, rel=0.01)
+def pace_of(reports: list[tuple[float, int]]) -> Pace:
+    pace = Pace()
+    for at, version in reports:
+        pace.note(at, version)
+    return pace
 
 
-def test_there_is_no_speed_before_two_rounds_are_known() -> None:
-    assert [view(known).tokens_per_second for known in ([], [1.0], [1.0, 1.0])] == [0.0, 0.0, 0.0]
+def test_speed_is_that_of_the_rounds_whenever_nodes_report() -> None:
+    """Nine nodes once a second, each at a moment of its own, while a round takes 0.43 s."""
+    reports = [
+        (second + node / 9, int((second + node / 9) / 0.43)) for second in range(25) for node in range(9)
+    ]
+    assert pace_of(reports).rounds_per_second == pytest.approx(1 / 0.43, rel=0.003)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e5), st.integers(0, 10_000)), min_size=2, max_size=50))
+def test_the_line_is_that_of_the_library(reports: list[tuple[float, int]]) -> None:
+    times, versions = zip(*reports, strict=True)
+    if max(times) - min(times) < 1.0:
+        return
+    expected = linear_regression(times, versions).slope
+    assert pace_of(reports).rounds_per_second == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_there_is_no_speed_before_two_moments_are_known() -> None:
+    assert [pace_of(known).rounds_per_second for known in ([], [(1.0, 1)], [(1.0, 1), (1.0, 2)])] == [0.0] * 3
