@@ -62,8 +62,8 @@ class SeenBan:
 @dataclass
 class Pace:
     """How many rounds a second: the slope of the straight line (least squares) through what nodes have said of their
-    versions. A report is exact at its moment, and each node's come at moments of its own; the ends of rounds are not
-    heard of before somebody reports the next time, and varied by 2% between runs of the same speed."""
+    versions. Each node's reports come at moments of its own. (Of a round's end alone one hears when somebody reports
+    the next time: beside the nodes' own clocks that was off by 2% from run to run.)"""
 
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
     _from: float = 0.0
@@ -116,15 +116,15 @@ class DemoView:
         return [node for node in self.swarm.nodes if node.peer not in banned]
 
     def note_metrics(self, peer: PeerId, metrics: Metrics) -> None:
-        """Of the volunteers that are not banned: from their last report before their first round's end on, and up to
-        their first one after the last."""
-        if all(node.peer != peer for node in self.at_work):
-            return
-        now, rounds = (monotonic(), metrics.version), self.manifest.schedule.rounds
+        """How far a volunteer that is not banned has come since it reported last. The last round by itself does not
+        count: nothing comes after it, and its end may wait for what was lost."""
+        now = monotonic(), metrics.version
         before, self.heard[peer] = self.heard.get(peer, now), now
-        if metrics.version > 0 and before[1] < rounds:
-            for at, version in {before, now} if before[1] == 0 else {now}:
-                self.pace.note(at, version)
+        is_news = before[1] < metrics.version and before[1] < self.manifest.schedule.rounds - 1
+        if is_news and any(node.peer == peer for node in self.at_work):
+            if before[1] == 0:
+                self.pace.note(*before)
+            self.pace.note(*now)
 
     def note_verdict(self, peer: PeerId, verdict: Verdict) -> None:
         if verdict is Verdict.BANNED:
