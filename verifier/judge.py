@@ -212,9 +212,11 @@ class Judge:
             replicas = self._replicas(stage)
             screening = await self._in_thread(self.bench.screen, group, round_, len(replicas))
             odd = {journey.microbatch for journey in flagged}
-            places = self.bench.worth_hearing(screening, group, suspects, odd)
+            # One for a panel of the usual size.
+            few = max(1, round(len(group) / self._panel_size))
+            places = self.bench.worth_hearing(screening, group, suspects, odd, few)
             if is_routine:
-                places += self._routine_hearings(group, places)
+                places += self._routine_hearings(group, places, few)
             heard = await asyncio.gather(
                 *(self._hear(group[place], replicas, group[place].peer in suspects) for place in places)
             )
@@ -328,10 +330,9 @@ class Judge:
             )  # fmt: skip
         return finding
 
-    def _routine_hearings(self, group: Sequence[Work], heard: Collection[int]) -> list[int]:
-        """What is saved beyond the worst cases is spent on anybody, so that nobody can feel safe: on one of a panel's
-        works, of a panel twice as large on two."""
+    def _routine_hearings(self, group: Sequence[Work], heard: Collection[int], most: int) -> list[int]:
+        """What is saved beyond the worst cases is spent on anybody, so that nobody can feel safe."""
         rest = [place for place in range(len(group)) if place not in heard]
         if self._hearings.saved < _FOR_ANYBODY * self._hearings.limit:
             return []
-        return self._generator.sample(rest, min(len(rest), max(1, round(len(group) / self._panel_size))))
+        return self._generator.sample(rest, min(len(rest), most))
