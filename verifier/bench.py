@@ -66,10 +66,9 @@ class Bench:
         works: Sequence[Work],
         accused: Collection[PeerId],
         flagged: Collection[MicrobatchId] = (),
-        others: int = 1,
     ) -> list[int]:
         """Places of works that others should do again, the oddest first: of each accused the oddest work and those on
-        `flagged` microbatches, and that of so many `others` that look odd. Where more do, it is rather the baseline
+        `flagged` microbatches, and the oddest of all others that look odd. Where many do, it is rather the baseline
         that is off."""
         chosen = [
             place
@@ -78,14 +77,11 @@ class Bench:
             and work.peer not in self._convicted
             and not self._is_known_stray(work)
         ]
-        oddest: dict[tuple[PeerId, MicrobatchId | None], int] = {}
+        oddest: dict[tuple[PeerId, MicrobatchId | None] | None, int] = {}
         for place in sorted(chosen, key=lambda place: -float(screening.raw[place].max())):
             peer, microbatch = works[place].peer, works[place].receipt.microbatch
-            key = peer, microbatch if peer in accused and microbatch in flagged else None
-            if key in oddest or (peer not in accused and others < 1):
-                continue
-            oddest[key] = place
-            others -= peer not in accused
+            key = (peer, microbatch if microbatch in flagged else None) if peer in accused else None
+            oddest.setdefault(key, place)
         return list(oddest.values())
 
     def record(

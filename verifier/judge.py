@@ -57,8 +57,8 @@ PURSUE_EVERY = 1.5
 """Seconds between two panels for the same suspicions: they would show the same again."""
 _FEW = 4
 """Samples of a peer below which it is new."""
-_ACCUSED, _NEWCOMER, _AGAIN = 2.0, 0.5, 0.25
-"""What it is worth to have one in a panel, in replicas more. `_AGAIN`: anybody, in a routine panel."""
+_ACCUSED, _NEWCOMER = 2.0, 0.5
+"""What it is worth to have one in a panel, in replicas more."""
 _PULSE, _STALL = 1.0, 3.0
 _ITS_OWN_DOING = frozenset(
     {
@@ -122,7 +122,7 @@ class Judge:
 
     def _set_limits(self) -> None:
         size = float(self._panel_size)
-        self._routine.limit, self._alarms.limit = 4 * size, ALARMS_SAVED * size
+        self._routine.limit, self._alarms.limit = 2 * size, ALARMS_SAVED * size
         self._hearings.limit = HEARINGS_SAVED * worst_price(Direction.GRADIENT, self._most_replicas - 1)
 
     def earn(self, microbatches: int) -> None:
@@ -161,34 +161,32 @@ class Judge:
 
         `known` are all nodes: the newest among them come first in a routine panel.
         """
-        worth: dict[PeerId, float] = {}
+        new: set[PeerId] = set()
         if self._routine.can_pay(self._panel_size):
-            opinions = await self.opinions(known)
-            worth = {peer: _NEWCOMER if one.samples < _FEW else _AGAIN for peer, one in opinions.items()}
-        panel, is_routine = self._draw(accused, worth)
+            new = {peer for peer, one in (await self.opinions(known)).items() if one.samples < _FEW}
+        panel, is_routine = self._draw(accused, new)
         if not panel:
             return set()
         self.counts["sampled"] += len(panel)
         return await self._examine(panel, accused, is_routine)
 
-    def _draw(self, accused: Collection[PeerId], worth: Mapping[PeerId, float]) -> tuple[list[Journey], bool]:
-        """A panel, and whether it is a routine one: of twice as many, if so many are saved up, since to be asked costs
-        a node and us about the same whatever it is for. `worth`: what anybody is in such a one."""
+    def _draw(self, accused: Collection[PeerId], new: Collection[PeerId]) -> tuple[list[Journey], bool]:
+        """A panel, and whether it is a routine one."""
         now, size = monotonic(), self._panel_size
-        draw = partial(self.traffic.draw, self._generator, now)
+        draw = partial(self.traffic.draw, self._generator, now, most=size)
         is_routine = False
         alarm, pursued = self.traffic.draw_alarm(self._generator, now), dict.fromkeys(accused, _ACCUSED)
         if alarm is not None and self._alarms.can_pay(size):
-            panel = draw(most=size, start=alarm, wanted=pursued)
+            panel = draw(start=alarm, wanted=pursued)
             self.counts["alarms"] += 1
             self._alarms.pay(len(panel))
         elif accused and self._alarms.can_pay(size) and now - self._pursued_at >= PURSUE_EVERY:
             self._pursued_at = now
-            panel = draw(most=size, wanted=pursued)
+            panel = draw(wanted=pursued)
             self._alarms.pay(len(panel))
         elif self._routine.can_pay(size):
             is_routine = True
-            panel = draw(most=min(2 * size, int(self._routine.saved)), wanted=worth)
+            panel = draw(wanted=dict.fromkeys(new, _NEWCOMER))
             self._routine.pay(len(panel))
         else:
             panel = []
@@ -212,11 +210,9 @@ class Judge:
             replicas = self._replicas(stage)
             screening = await self._in_thread(self.bench.screen, group, round_, len(replicas))
             odd = {journey.microbatch for journey in flagged}
-            # One for a panel of the usual size.
-            few = max(1, round(len(group) / self._panel_size))
-            places = self.bench.worth_hearing(screening, group, suspects, odd, few)
+            places = self.bench.worth_hearing(screening, group, suspects, odd)
             if is_routine:
-                places += self._routine_hearings(group, places, few)
+                places += self._routine_hearing(group, places)
             heard = await asyncio.gather(
                 *(self._hear(group[place], replicas, group[place].peer in suspects) for place in places)
             )
@@ -330,9 +326,9 @@ class Judge:
             )  # fmt: skip
         return finding
 
-    def _routine_hearings(self, group: Sequence[Work], heard: Collection[int], most: int) -> list[int]:
+    def _routine_hearing(self, group: Sequence[Work], heard: Collection[int]) -> list[int]:
         """What is saved beyond the worst cases is spent on anybody, so that nobody can feel safe."""
         rest = [place for place in range(len(group)) if place not in heard]
-        if self._hearings.saved < _FOR_ANYBODY * self._hearings.limit:
+        if not rest or self._hearings.saved < _FOR_ANYBODY * self._hearings.limit:
             return []
-        return self._generator.sample(rest, min(len(rest), most))
+        return [self._generator.choice(rest)]

@@ -34,9 +34,9 @@ from verifier.streams import StageIndex
 
 log = structlog.get_logger("verifier")
 
-LISTEN_EVERY, LISTEN_CLOSELY = 9.0, 0.5
-"""Seconds between two questions to every node, while nobody flags anything: about as many as it takes to have a routine
-panel's worth saved up; closely, as long as somebody is accused."""
+LISTEN_EVERY, LISTEN_CLOSELY = 3.0, 0.5
+"""Seconds between two questions to every node, so few that its link seldom needs heartbeats of its own; closely, as
+long as somebody is accused."""
 MEET_EVERY, MEET_SOON = 60.0, 2.0
 """Seconds between two looks into the directory; soon, as long as there are nodes that we should know and do not."""
 SIT_EVERY = 5.0

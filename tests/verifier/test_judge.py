@@ -148,7 +148,7 @@ async def test_who_sent_what_was_flagged_is_heard_on_that_and_not_on_the_other_d
         heard.append((work.peer, work.direction))
 
     monkeypatch.setattr(judge, "_hear", hear)
-    monkeypatch.setattr(judge, "_routine_hearings", lambda group, heard, most: [])
+    monkeypatch.setattr(judge, "_routine_hearing", lambda group, heard: [])
     nodes.work(judge, range(5))
     receiver = 2 if flagged is Direction.ACTIVATION else 0
     for trip in nodes.trips.values():
@@ -195,7 +195,7 @@ async def test_an_alarm_is_no_occasion_for_hearing_whom_nothing_is_held_against(
 ) -> None:
     nodes = Nodes()
     judge, calls = judge_of(nodes), []
-    monkeypatch.setattr(judge, "_routine_hearings", lambda group, heard, most: calls.append(group) or [])
+    monkeypatch.setattr(judge, "_routine_hearing", lambda group, heard: calls.append(group) or [])
     nodes.work(judge, range(5))
     await judge.sit(set(), nodes.peers)
     assert calls
@@ -213,7 +213,7 @@ async def test_that_somebody_is_accused_makes_nobody_else_safe(monkeypatch: pyte
     """Or whoever is suspected, or a single verifier that says so, would end the hearings of all others."""
     nodes = Nodes()
     judge, calls = judge_of(nodes), []
-    monkeypatch.setattr(judge, "_routine_hearings", lambda group, heard, most: calls.append(group) or [])
+    monkeypatch.setattr(judge, "_routine_hearing", lambda group, heard: calls.append(group) or [])
     accused = {nodes.peers[1]}
     nodes.work(judge, range(10))
     await judge.sit(accused, nodes.peers)
