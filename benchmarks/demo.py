@@ -118,10 +118,11 @@ class DemoView:
     def note_metrics(self, peer: PeerId, metrics: Metrics) -> None:
         """How far a volunteer that is not banned has come since it reported last. The last round by itself does not
         count: nothing comes after it, and its end may wait for what was lost."""
+        if all(node.peer != peer for node in self.at_work):
+            return
         now = monotonic(), metrics.version
         before, self.heard[peer] = self.heard.get(peer, now), now
-        is_news = before[1] < metrics.version and before[1] < self.manifest.schedule.rounds - 1
-        if is_news and any(node.peer == peer for node in self.at_work):
+        if before[1] < min(metrics.version, self.manifest.schedule.rounds - 1):
             if before[1] == 0:
                 self.pace.note(*before)
             self.pace.note(*now)

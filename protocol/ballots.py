@@ -32,7 +32,7 @@ log = structlog.get_logger("votes")
 COMPARE_EVERY: Final = 15.0
 """Seconds between two comparisons with a random peer."""
 COMPARE_AGAIN: Final = 5.0
-"""Seconds at least between two comparisons with the same peer of which one followed from what it said."""
+"""Seconds at least between two comparisons over the same link."""
 MAX_NEWS: Final = 64 * 1024
 """Bytes of statements in one gossip message."""
 _TICK = 1.0

@@ -12,9 +12,8 @@ NumPy's again and again, by the shortest way into the library (`dot`, not `@`), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -83,7 +82,7 @@ class Guard:
         self._seen = torch.zeros(0)
         """(B, P, W) what is looked at, in memory of its own, which NumPy knows already."""
         self._vectors: _Seen = self._seen.numpy()
-        self._pick: Callable[[Tokens], tuple[int, ...]] = itemgetter(0)
+        self._label_places: list[int] = []
         self._channels: npt.NDArray[np.int64] | None = None
         self._to_learn: list[list[float]] = []
         self._usual: _Usual | None = None
@@ -97,7 +96,7 @@ class Guard:
         if self._latest.are_outdated(version):
             self._start_anew()
         vectors = self._look(tensor)
-        tokens = None if labels is None else self._pick(labels)
+        tokens = None if labels is None else [labels[place] for place in self._label_places]
         values = self._measure(vectors, tokens)
         is_odd = values is None or self._is_odd(values, sender)
         if values is not None and not is_odd:
@@ -182,8 +181,7 @@ class Guard:
             # Not the first place: labels do not tell what went in there.
             places = 1 + np.sort(self._generator.choice(tokens - 1, count, replace=False))
             token_of = places - 1 if self._direction is Direction.ACTIVATION else places
-            label_of: list[int] = (tokens * np.arange(sequences)[:, None] + token_of).ravel().tolist()
-            self._pick = itemgetter(*label_of)
+            self._label_places = (tokens * np.arange(sequences)[:, None] + token_of).ravel().tolist()
             self._places = torch.from_numpy(places).to(tensor.device)
             self._seen = torch.empty(sequences, count, width, pin_memory=tensor.is_cuda)
             self._vectors = self._seen.view(-1, width).numpy()
