@@ -41,8 +41,8 @@ _LENIENT_FROM = 6
 """The attempt at a slot from which on the guard lets its tensors pass."""
 _TIMED_EVERY = 17
 """Of the guards' checks one in so many is timed. To read a thread's clock is a system call, at which the scheduler may
-give the processor to another, and a check that then finds its caches empty costs up to a third more. An odd number, since
-kinds of check take turns."""
+give the processor to another, and a check that then finds its caches empty costs up to a third more. An odd number,
+since kinds of check take turns."""
 
 
 @dataclass(frozen=True)
